@@ -378,7 +378,7 @@ mod tests {
         watch.stop();
         Record {
             request_id: RequestId::parse(b"id-1").unwrap(),
-            ended: UNIX_EPOCH + Duration::from_secs(1_000_000_000),
+            ended: UNIX_EPOCH + Duration::from_millis(1_000_000_000_500),
             client: Some(IpAddr::from([127, 0, 0, 1])),
             method: Method::GET,
             uri: path.parse().unwrap(),
