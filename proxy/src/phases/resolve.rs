@@ -26,6 +26,7 @@ const INTERNAL: &str = "x-fastcontainer-";
 /// # Errors
 /// What is wrong with the request.
 pub fn resolve(house: &House, session: &mut Session, ctx: &mut Ctx) -> Result<(), Fault> {
+    check_raw_framing(session)?;
     let request = session.req_header_mut();
     if let Some(id) = request.headers.get(REQUEST_ID).and_then(|id| RequestId::parse(id.as_bytes())) {
         ctx.request_id = id;
@@ -65,6 +66,10 @@ fn check_target(request: &RequestHeader) -> Result<(), Fault> {
         return Err(Fault::BadRequest(
             "its target has spaces, control characters or bytes that should be escaped",
         ));
+    }
+    // Pingora has escaped a NUL byte before it comes here; the escaped one is of no more use to anybody honest.
+    if target.windows(3).any(|bytes| bytes == b"%00") {
+        return Err(Fault::BadRequest("its target contains a NUL byte"));
     }
     let fine = match target.first() {
         Some(b'/') => true,
@@ -110,6 +115,22 @@ fn check_headers(request: &RequestHeader) -> Result<Vec<HeaderName>, Fault> {
         }
     }
     Ok(internal)
+}
+
+/// With both `Transfer-Encoding` and `Content-Length`, Pingora drops the latter before anybody can see it; it is still in the bytes that came.
+fn check_raw_framing(session: &Session) -> Result<(), Fault> {
+    let http1 = session.req_header().version != Version::HTTP_2;
+    if http1 && session.req_header().headers.contains_key(header::TRANSFER_ENCODING) {
+        const NAME: &[u8] = b"content-length:";
+        let raw = session.to_h1_raw();
+        if raw
+            .split(|byte| *byte == b'\n')
+            .any(|line| line.get(..NAME.len()).is_some_and(|name| name.eq_ignore_ascii_case(NAME)))
+        {
+            return Err(Fault::BadRequest("it has both Content-Length and Transfer-Encoding"));
+        }
+    }
+    Ok(())
 }
 
 fn is_look_alike(name: &str) -> bool {
