@@ -72,6 +72,7 @@ pub struct Upstream {
     fitness: AtomicU8,
     in_flight: AtomicU32,
     opening: AtomicU32,
+    progress: AtomicBool,
     answered: AtomicBool,
     quiesced: AtomicBool,
     stock: Arc<Stock>,
@@ -93,7 +94,6 @@ pub struct Stock {
     refilling: AtomicBool,
     closed: AtomicBool,
     arrived: Notify,
-    patience: Duration,
     commands: mpsc::UnboundedSender<Command>,
 }
 
@@ -125,7 +125,6 @@ impl Upstream {
             refilling: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             arrived: Notify::new(),
-            patience: config.connect_timeout,
             commands: commands.clone(),
         });
         let peer = |upgrade| {
@@ -151,6 +150,7 @@ impl Upstream {
             fitness: AtomicU8::new(fitness as u8),
             in_flight: AtomicU32::new(0),
             opening: AtomicU32::new(0),
+            progress: AtomicBool::new(false),
             answered: AtomicBool::new(false),
             quiesced: AtomicBool::new(false),
             peer: peer(false),
@@ -184,8 +184,8 @@ impl Upstream {
         if self.fitness() != Fitness::Ready {
             return false;
         }
-        if held && self.opening.fetch_add(1, SeqCst) >= BURST {
-            self.opened();
+        let burst = |now| if now < BURST { Some(now + 1) } else { None };
+        if held && self.opening.fetch_update(SeqCst, SeqCst, burst).is_err() {
             return false;
         }
         // Not add-and-undo: while a place too many is taken, another's place could look taken as well.
@@ -208,12 +208,16 @@ impl Upstream {
 
     /// A held request is answered (or given up): another may follow.
     pub fn opened(&self) {
+        self.progress.store(true, Relaxed);
         let _ = self.opening.fetch_update(SeqCst, SeqCst, |now| now.checked_sub(1));
     }
 
-    /// Lets another burst of held requests follow although the last one is not answered (they may be long polls).
+    /// Called four times a second while requests wait: when none of the last burst was answered since (they may be long polls), lets another
+    /// follow.
     pub fn allow_burst(&self) {
-        self.opening.store(0, SeqCst);
+        if !self.progress.swap(false, SeqCst) {
+            self.opening.store(0, SeqCst);
+        }
     }
 
     /// Gives a place back.
@@ -389,16 +393,11 @@ impl Connect for Dialler {
     /// Connects inside the instance's network namespace: that is where the socket was born. The address that Pingora
     /// passes is the instance's own.
     async fn connect(&self, _: &PeerAddr) -> pingora::Result<Stream> {
-        let connecting = async {
-            let socket = self.stock.take().await?;
-            let socket = TcpStream::from(socket);
-            let failed = |error| Error::because(connect_error(&error), "connecting to the instance", error);
-            socket.set_nonblocking(true).map_err(failed)?;
-            TcpSocket::from_std_stream(socket).connect(self.stock.address).await.map_err(failed)
-        };
-        let socket = tokio::time::timeout(self.stock.patience, connecting).await.map_err(|_| {
-            Error::explain(ErrorType::ConnectTimedout, "no connection to the instance in time")
-        })??;
+        // Pingora bounds all of this by `total_connection_timeout`.
+        let socket = TcpStream::from(self.stock.take().await?);
+        let failed = |error| Error::because(connect_error(&error), "connecting to the instance", error);
+        socket.set_nonblocking(true).map_err(failed)?;
+        let socket = TcpSocket::from_std_stream(socket).connect(self.stock.address).await.map_err(failed)?;
         if self.upgrade {
             return Ok(VirtualSocketStream::new(Box::new(YieldBeforeRead::new(socket))).into());
         }
@@ -480,6 +479,10 @@ mod tests {
         assert!(upstream.enter(u32::MAX, false), "who was not held is not slowed");
         upstream.opened();
         assert!(upstream.enter(u32::MAX, true));
+        upstream.allow_burst();
+        assert!(!upstream.enter(u32::MAX, true), "some were answered, others follow one by one");
+        upstream.allow_burst();
+        assert!(upstream.enter(u32::MAX, true), "none was answered for a while: they may be long polls");
     }
 
     #[test]

@@ -1,4 +1,10 @@
 //! HTTP as the app and the client see it: headers, refusals, retries, streams, tunnels, logs.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test ends at what it did not expect"
+)]
 
 mod common;
 

@@ -1,5 +1,11 @@
 //! Two apps on the same port of 127.0.0.1, each in a network namespace of its own, never see each other's requests. Needs root;
 //! says so and passes without.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test ends at what it did not expect"
+)]
 
 mod common;
 

@@ -1,4 +1,10 @@
 //! The program itself, and the example, as processes.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test ends at what it did not expect"
+)]
 
 mod common;
 
@@ -64,7 +70,17 @@ async fn the_program_gives_up_root_serves_and_ends_when_it_is_idle() {
         assert!(line("CapPrm:").ends_with("0000000000000400"), "{status}");
         assert!(line("NoNewPrivs:").ends_with('1'), "{status}");
     }
-    kill(Pid::from_raw(running.0.id() as i32), Signal::SIGTERM).unwrap();
+    let pid = Pid::from_raw(i32::try_from(running.0.id()).unwrap());
+    let log = launcher.state.proxy().join("access.log");
+    let lines = |path: &Path| fs::read_to_string(path).map_or(0, |log| log.lines().count());
+    eventually(|| lines(&log) == 1).await;
+    let rotated = log.with_extension("1");
+    fs::rename(&log, &rotated).unwrap();
+    kill(pid, Signal::SIGHUP).unwrap();
+    assert_eq!(get(address, "blog.test", "/").await.status, 200);
+    eventually(|| lines(&log) + lines(&rotated) == 2).await;
+    assert_eq!(get(address, "blog.test", "/").await.status, 200);
+    kill(pid, Signal::SIGTERM).unwrap();
     let mut ended = None;
     eventually(|| {
         ended = running.0.try_wait().unwrap();
@@ -73,8 +89,8 @@ async fn the_program_gives_up_root_serves_and_ends_when_it_is_idle() {
     .await;
     assert!(ended.unwrap().success());
     assert!(!launcher.state.proxy_socket().exists());
-    let log = fs::read_to_string(launcher.state.proxy().join("access.log")).unwrap();
-    assert_eq!(log.lines().count(), 1, "{log}");
+    assert!(lines(&log) >= 1, "the log was opened anew");
+    assert_eq!(lines(&log) + lines(&rotated), 3, "the last request is in the log too");
 }
 
 #[tokio::test(flavor = "multi_thread")]

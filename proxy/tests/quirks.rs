@@ -1,4 +1,10 @@
 //! Known Pingora bugs and our work-arounds. Each test fails without its work-around (checked by taking it out).
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test ends at what it did not expect"
+)]
 
 mod common;
 

@@ -1,8 +1,20 @@
 //! What visitors of a sleeping app see.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test ends at what it did not expect"
+)]
 
 mod common;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
 
 use common::*;
 use launcher_client::wire::{Refusal, RefusalCode, Request};
@@ -187,6 +199,32 @@ async fn requests_beyond_the_concurrency_limit_wait_in_their_order() {
     for (number, seen) in seen.iter().enumerate() {
         assert!(seen.head.starts_with(&format!("GET /{number} ")), "{} came as number {number}", seen.head);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowd_that_waited_comes_in_bursts_that_an_accept_queue_can_take() {
+    let launcher = FakeLauncher::start();
+    let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (now_, most_) = (Arc::clone(&now), Arc::clone(&most));
+    let web = Web::start(move |_| {
+        let (now, most) = (Arc::clone(&now_), Arc::clone(&most_));
+        async move {
+            most.fetch_max(now.fetch_add(1, SeqCst) + 1, SeqCst);
+            sleep(Duration::from_millis(20)).await;
+            now.fetch_sub(1, SeqCst);
+            ok("hello")
+        }
+    })
+    .await;
+    launcher.put(app("blog"), web.port);
+    launcher.script("blog", |script| script.delay = Duration::from_millis(800));
+    let proxy = Proxy::start(&launcher).await;
+    let requests: Vec<_> = (0..1000).map(|_| tokio::spawn(get(proxy.address, "blog.test", "/"))).collect();
+    for request in requests {
+        assert_eq!(request.await.unwrap().status, 200);
+    }
+    assert!(most.load(SeqCst) <= 110, "{} at once", most.load(SeqCst));
+    assert_eq!(launcher.wakes("blog"), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

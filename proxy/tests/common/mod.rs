@@ -1,5 +1,6 @@
 //! A whole proxy in this process, against a launcher that is fake and apps that are a few lines each.
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "shared by several test programs")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends at what it did not expect")]
 
 use std::{
     collections::HashMap,
@@ -98,7 +99,7 @@ impl FakeLauncher {
     pub fn put(&self, app: App, port: u16) {
         self.put_with(
             app,
-            Script { port, delay: Duration::ZERO, refusal: None, sockets: Arc::new(|| loopback_socket()) },
+            Script { port, delay: Duration::ZERO, refusal: None, sockets: Arc::new(loopback_socket) },
         );
     }
 
