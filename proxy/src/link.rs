@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::Ordering::{Relaxed, SeqCst},
@@ -123,7 +124,11 @@ async fn follow(house: &Arc<House>, line: watch::Sender<Option<Client>>) {
                 line.send_replace(Some(client));
                 while let Some(change) = changes.recv().await {
                     let synced = matches!(change, Change::Synced);
-                    house.admit(|cache| cache.apply(change));
+                    // A record that nobody thought of may cost its own app, never the link (and with it all apps).
+                    let applied = catch_unwind(AssertUnwindSafe(|| house.admit(|cache| cache.apply(change))));
+                    if applied.is_err() {
+                        tracing::error!("a record of the CMDB could not be taken over; this is a bug");
+                    }
                     if synced {
                         pause.reset();
                         house.informed.store(true, SeqCst);
@@ -219,9 +224,17 @@ async fn refill(stock: Arc<Stock>, mut line: Line) {
 
 /// The connection, waited for a second at most, so that the caller can see whether it is still wanted.
 async fn connection(line: &mut Line) -> Option<Client> {
-    match timeout(Duration::from_secs(1), line.wait_for(Option::is_some)).await {
-        Ok(Ok(client)) => client.clone(),
-        _ => None,
+    let waited = timeout(Duration::from_secs(1), line.wait_for(Option::is_some))
+        .await
+        .map(|client| client.map(|client| client.clone()).ok());
+    match waited {
+        Ok(Some(client)) => client,
+        Ok(None) => {
+            // The link has ended, and the runtime is about to.
+            sleep(Duration::from_secs(1)).await;
+            None
+        }
+        Err(_) => None,
     }
 }
 
@@ -249,6 +262,8 @@ async fn report(house: &Arc<House>, line: Line) {
         active.retain(|_, upstream| {
             let what = activity_of(upstream);
             let quiet = what.in_flight == 0 && what.requests == 0;
+            // Also the last one, with nothing in it: the launcher must not believe in requests that have ended.
+            activity.push(what);
             if quiet {
                 // A request that comes right now puts it on the list again.
                 upstream.listed.store(false, SeqCst);
@@ -256,8 +271,6 @@ async fn report(house: &Arc<House>, line: Line) {
                     upstream.listed.store(true, SeqCst);
                     return true;
                 }
-            } else {
-                activity.push(what);
             }
             !quiet
         });
