@@ -28,7 +28,6 @@ type Outgoing = (ServerPacket, Vec<OwnedFd>);
 /// One connection.
 struct Peer {
     host: Arc<Host>,
-    role: Role,
     /// The number of this connection among [`crate::host::Watchers`], once it has asked to watch as a serving proxy.
     watcher: std::sync::OnceLock<u64>,
     out: mpsc::Sender<Outgoing>,
@@ -81,7 +80,7 @@ async fn connection(host: Arc<Host>, socket: UnixSeqpacket, identities: Identiti
     let socket = Arc::new(socket);
     let (out, replies) = mpsc::channel(REPLIES);
     let writer = tokio::spawn(write_replies(Arc::clone(&socket), replies));
-    let peer = Arc::new(Peer { host, role, watcher: std::sync::OnceLock::new(), out });
+    let peer = Arc::new(Peer { host, watcher: std::sync::OnceLock::new(), out });
     let places = Arc::new(Semaphore::new(REQUESTS));
     let mut buffer = Vec::new();
     loop {

@@ -12,7 +12,10 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use cmdb::embedded::EmbeddedStore;
 use launcher_client::paths::StateDir;
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    libc::SIGKILL,
+};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, oneshot},
@@ -136,7 +139,7 @@ async fn lock(folder: &Path) -> Result<Flock<fs::File>> {
 async fn end_leftovers(keeper: &Keeper, present: &[crate::keeper::Found], cgroups: &Cgroups) {
     for found in present {
         tracing::info!(app = %found.state.id.app, generation = found.state.id.generation, "ending what an earlier launcher left");
-        keeper.kill(&found.state.id, nix::libc::SIGKILL);
+        keeper.kill(&found.state.id, SIGKILL);
     }
     let sweep = cgroups.sweep().await;
     if sweep.removed > 0 {

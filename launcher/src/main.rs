@@ -49,7 +49,9 @@ fn main() -> ExitCode {
         return launcher::spawner::run();
     }
     tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()))
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
+        )
         .with_writer(std::io::stderr)
         .init();
     match start(arguments) {
@@ -67,7 +69,10 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
         let parent = nix::unistd::getppid();
         nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGTERM)?;
         // The parent may have ended before the request took effect.
-        anyhow::ensure!(parent.as_raw() != 1 && nix::unistd::getppid() == parent, "the process that started the launcher has ended");
+        anyhow::ensure!(
+            parent.as_raw() != 1 && nix::unistd::getppid() == parent,
+            "the process that started the launcher has ended"
+        );
     }
     let config = daemon::Config {
         state: StateDir::new(arguments.state),
@@ -77,5 +82,9 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
         datapool: arguments.datapool,
         exe: std::env::current_exe()?,
     };
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(daemon::run(config))
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?
+        .block_on(daemon::run(config))
 }

@@ -3,8 +3,11 @@
 use std::os::fd::OwnedFd;
 
 use cmdb::{AppName, Change, Generation, Store, StoreError};
-use launcher_client::wire::{MAX_FDS, Refusal, RefusalCode, Reply, Request};
-use tokio::sync::{broadcast::error::RecvError, oneshot};
+use launcher_client::wire::{Event, MAX_FDS, Refusal, RefusalCode, Reply, Request};
+use tokio::sync::{
+    broadcast::{self, error::RecvError},
+    oneshot,
+};
 
 use super::Peer;
 use crate::supervisor::{Awake, Message};
@@ -149,13 +152,21 @@ impl Peer {
     }
 
     async fn events(&self, id: u64, since: u64, follow: bool) {
-        let (kept, mut live) = self.host.events.since(since);
+        let (kept, live) = self.host.events.since(since);
         for event in kept {
             if self.reply(id, Reply::Event(event), Vec::new()).await.is_err() {
                 return;
             }
         }
-        while follow {
+        if follow {
+            self.follow_events(id, live).await;
+        }
+        let _ = self.reply(id, Reply::End, Vec::new()).await;
+    }
+
+    /// Until the peer goes. One that lags misses some: their numbers tell.
+    async fn follow_events(&self, id: u64, mut live: broadcast::Receiver<Event>) {
+        loop {
             let event = tokio::select! {
                 event = live.recv() => event,
                 () = self.out.closed() => return,
@@ -167,10 +178,9 @@ impl Peer {
                     }
                 }
                 Err(RecvError::Lagged(_)) => {}
-                Err(RecvError::Closed) => break,
+                Err(RecvError::Closed) => return,
             }
         }
-        let _ = self.reply(id, Reply::End, Vec::new()).await;
     }
 
     async fn logs(&self, id: u64, app: &AppName, lines: u32) -> Result<Reply, Refusal> {
