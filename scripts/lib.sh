@@ -7,7 +7,7 @@ say() { printf '\033[1m==>\033[0m %s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 need_root() { # need_root WHAT
-    [ "$(id -u)" = 0 ] || fail "$1 makes containers, which only root may do: run it as root, for example with \`sudo make $1\`."
+    [ "$(id -u)" = 0 ] || fail "\`make $1\` makes containers, which only root may do: run it as root, for example with \`sudo make $1\`."
 }
 
 # Under sudo the toolchain is usually the caller's own and not in root's PATH.
