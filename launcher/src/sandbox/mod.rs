@@ -10,6 +10,7 @@ mod exec;
 mod files;
 mod kernelfs;
 mod mount;
+pub mod notify;
 mod plan;
 mod process;
 mod report;
