@@ -35,6 +35,8 @@ pub struct Started {
     pub events: mpsc::UnboundedReceiver<KeeperEvent>,
     /// Containers that were already there, running or ended, when the spawner was found.
     pub present: Vec<Found>,
+    /// The spawner's process, at the start; a later one has another.
+    pub spawner_pid: u32,
 }
 
 /// A container that was there before this daemon.
@@ -160,8 +162,8 @@ impl Keeper {
         let place = Place { socket: state_dir.join(SOCKET_NAME), exe: exe.to_owned() };
         let (commands, inbox) = mpsc::unbounded_channel();
         let (outbox, events) = mpsc::unbounded_channel();
-        let present = actor::start(place, inbox, commands.downgrade(), outbox).await?;
-        Ok(Started { keeper: Keeper { commands }, events, present })
+        let (present, spawner_pid) = actor::start(place, inbox, commands.downgrade(), outbox).await?;
+        Ok(Started { keeper: Keeper { commands }, events, present, spawner_pid })
     }
 
     /// Makes a container. Returns when its process exists; its events follow.

@@ -56,8 +56,9 @@ pub(super) async fn start(
     inbox: mpsc::UnboundedReceiver<Command>,
     commands: mpsc::WeakUnboundedSender<Command>,
     outbox: mpsc::UnboundedSender<KeeperEvent>,
-) -> io::Result<Vec<Found>> {
+) -> io::Result<(Vec<Found>, u32)> {
     let (link, listed) = Link::open(&place).await?;
+    let pid = link.pid;
     let mut actor = Actor {
         place,
         link: Some(link),
@@ -93,7 +94,7 @@ pub(super) async fn start(
         found.push(Found { state, pidfd });
     }
     tokio::spawn(actor.run(inbox));
-    Ok(found)
+    Ok((found, pid))
 }
 
 impl Actor {

@@ -22,6 +22,8 @@ pub(super) struct Link {
     socket: AsyncFd<OwnedFd>,
     /// The tokio runtime buries it if it is dropped before its end.
     child: Option<Child>,
+    /// The spawner's process.
+    pub(super) pid: u32,
 }
 
 /// One container of the spawner's answer to `list`.
@@ -44,17 +46,19 @@ impl Link {
             }
             Err(error) => return Err(error),
         };
-        let link = Link {
+        let mut link = Link {
             socket: crate::asyncfd::register(socket, Interest::READABLE | Interest::WRITABLE)?,
             child,
+            pid: 0,
         };
-        let listed = tokio::time::timeout(PATIENCE, link.list())
+        let (listed, pid) = tokio::time::timeout(PATIENCE, link.list())
             .await
             .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the spawner does not say what it has"))??;
+        link.pid = pid;
         Ok((link, listed))
     }
 
-    async fn list(&self) -> io::Result<Vec<Listed>> {
+    async fn list(&self) -> io::Result<(Vec<Listed>, u32)> {
         self.send(&Request::List, &[]).await?;
         let mut listed = Vec::new();
         loop {
@@ -71,7 +75,9 @@ impl Link {
                     let notify = if state.notify { fds.next() } else { None };
                     listed.push(Listed { state: *state, pidfd, notify });
                 }
-                Some((Event::Listed { version, .. }, _)) if version == wire::VERSION => return Ok(listed),
+                Some((Event::Listed { version, pid }, _)) if version == wire::VERSION => {
+                    return Ok((listed, pid));
+                }
                 Some((Event::Listed { version, pid }, _)) => {
                     let text = format!(
                         "a spawner of another version ({version}, ours is {}) runs as process {pid}: end it first",
