@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod app;
+pub mod embedded;
 pub mod instance;
 pub mod store;
 pub mod transition;

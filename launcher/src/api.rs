@@ -134,7 +134,10 @@ async fn write_replies(socket: Arc<UnixSeqpacket>, mut replies: mpsc::Receiver<O
 
 fn check(packet: &ClientPacket, role: Role) -> Result<(), Refusal> {
     if packet.v != VERSION {
-        let message = format!("this launcher speaks version {VERSION} of the protocol, the request version {}", packet.v);
+        let message = format!(
+            "this launcher speaks version {VERSION} of the protocol, the request version {}",
+            packet.v
+        );
         return Err(Refusal::new(RefusalCode::BadRequest, message));
     }
     if !role.may(&packet.body) {

@@ -63,12 +63,15 @@ pub async fn run(config: Config) -> Result<()> {
     make_folders(&config)?;
     let _lock = lock(&config.state.launcher()).await?;
     // The spawner first, while this process is small: its memory is what a fork would have to copy.
-    let spawner = Keeper::start(&config.state.launcher(), &config.exe).await.context("the spawner cannot be started")?;
+    let spawner = Keeper::start(&config.state.launcher(), &config.exe)
+        .await
+        .context("the spawner cannot be started")?;
     let cgroups = Cgroups::detect(&config.cgroup_parent).context("control groups cannot be used")?;
     end_leftovers(&spawner.keeper, &spawner.present, &cgroups).await;
 
     let journal = config.state.launcher().join("cmdb.redb");
-    let store = EmbeddedStore::open(&journal).with_context(|| format!("the CMDB's journal {}", journal.display()))?;
+    let store =
+        EmbeddedStore::open(&journal).with_context(|| format!("the CMDB's journal {}", journal.display()))?;
     let host = Arc::new(Host::new(Parts {
         node: node_name(),
         store: Arc::new(store),
@@ -101,9 +104,14 @@ pub async fn run(config: Config) -> Result<()> {
 
 fn make_folders(config: &Config) -> Result<()> {
     let make = |path: &Path, mode: u32| -> Result<()> {
-        fs::DirBuilder::new().recursive(true).mode(mode).create(path).with_context(|| format!("{} cannot be made", path.display()))?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(mode)
+            .create(path)
+            .with_context(|| format!("{} cannot be made", path.display()))?;
         let permissions = fs::Permissions::from_mode(mode);
-        fs::set_permissions(path, permissions).with_context(|| format!("{}: its mode cannot be set", path.display()))
+        fs::set_permissions(path, permissions)
+            .with_context(|| format!("{}: its mode cannot be set", path.display()))
     };
     make(config.state.root(), 0o755)?;
     make(&config.state.launcher(), 0o700)?;
@@ -115,11 +123,19 @@ fn make_folders(config: &Config) -> Result<()> {
 async fn lock(folder: &Path) -> Result<Flock<fs::File>> {
     let path = folder.join("lock");
     let deadline = tokio::time::Instant::now() + LOCK_PATIENCE;
-    let mut file = fs::OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&path).with_context(|| format!("{} cannot be opened", path.display()))?;
+    let mut file = fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(&path)
+        .with_context(|| format!("{} cannot be opened", path.display()))?;
     loop {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(mut lock) => {
-                lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id())).with_context(|| format!("{} cannot be written", path.display()))?;
+                lock.set_len(0)
+                    .and_then(|()| writeln!(lock, "{}", std::process::id()))
+                    .with_context(|| format!("{} cannot be written", path.display()))?;
                 return Ok(lock);
             }
             Err((again, nix::errno::Errno::EWOULDBLOCK)) if tokio::time::Instant::now() < deadline => {
@@ -128,9 +144,16 @@ async fn lock(folder: &Path) -> Result<Flock<fs::File>> {
             }
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
                 let pid = fs::read_to_string(&path).unwrap_or_default();
-                bail!("another launcher (pid {}) uses {}; stop it, or use another state folder", pid.trim(), folder.display());
+                bail!(
+                    "another launcher (pid {}) uses {}; stop it, or use another state folder",
+                    pid.trim(),
+                    folder.display()
+                );
             }
-            Err((_, errno)) => return Err(io::Error::from(errno)).with_context(|| format!("{} cannot be locked", path.display())),
+            Err((_, errno)) => {
+                return Err(io::Error::from(errno))
+                    .with_context(|| format!("{} cannot be locked", path.display()));
+            }
         }
     }
 }
@@ -191,5 +214,8 @@ fn open_datapool(path: Option<&Path>) -> Result<Option<std::os::fd::OwnedFd>> {
 }
 
 fn node_name() -> String {
-    nix::unistd::gethostname().ok().and_then(|n| n.into_string().ok()).unwrap_or_else(|| "localhost".to_owned())
+    nix::unistd::gethostname()
+        .ok()
+        .and_then(|n| n.into_string().ok())
+        .unwrap_or_else(|| "localhost".to_owned())
 }

@@ -160,9 +160,11 @@ impl Launch {
         clock.lap(&mut timing, "cgroup");
 
         let volumes = self.open_volumes().await?;
-        let (stdout, capture) = self.output.capture(self.generation, "stdout").map_err(|e| self.cannot(&e))?;
+        let (stdout, capture) =
+            self.output.capture(self.generation, "stdout").map_err(|e| self.cannot(&e))?;
         captures.push(capture);
-        let (stderr, capture) = self.output.capture(self.generation, "stderr").map_err(|e| self.cannot(&e))?;
+        let (stderr, capture) =
+            self.output.capture(self.generation, "stderr").map_err(|e| self.cannot(&e))?;
         captures.push(capture);
         let plan = self.plan(timing.begun_us)?;
         let fds = PlanFds { layers: image.fds, volumes, cgroup_tasks, cgroup_dir, stdout, stderr };
@@ -176,7 +178,8 @@ impl Launch {
             self.host.keeper.kill(&container, SIGKILL);
             self.cannot(&e)
         })?;
-        let note = Note::Created { generation: self.generation, pid, group: Arc::clone(&group), image: image.id };
+        let note =
+            Note::Created { generation: self.generation, pid, group: Arc::clone(&group), image: image.id };
         self.tell(note);
         Ok(Made { created, group, sockets, timing })
     }
@@ -311,7 +314,9 @@ impl Launch {
             upper_bytes: self.app.resources.disk.0,
             shm_bytes: SHM_BYTES,
             nofile: NOFILE,
-            volumes: volumes.map(|v| VolumePlan { target: v.target.clone(), read_only: v.read_only }).collect(),
+            volumes: volumes
+                .map(|v| VolumePlan { target: v.target.clone(), read_only: v.read_only })
+                .collect(),
             staging: self.host.staging.to_string_lossy().into_owned(),
         })
     }
@@ -322,16 +327,23 @@ impl Launch {
             return Ok(Vec::new());
         }
         let Some(pool) = &self.host.datapool else {
-            return Err(self.failed("has volumes, but this host has no DataPool (start the launcher with --datapool)"));
+            return Err(self
+                .failed("has volumes, but this host has no DataPool (start the launcher with --datapool)"));
         };
         let pool = pool.try_clone().map_err(|e| self.cannot(&e))?;
         let sources: Vec<String> = self.app.volumes.iter().map(|v| v.source.clone()).collect();
         let opened = tokio::task::spawn_blocking(move || {
-            sources.iter().map(|source| open_beneath(&pool, source).map_err(|e| (source.clone(), e))).collect()
+            sources
+                .iter()
+                .map(|source| open_beneath(&pool, source).map_err(|e| (source.clone(), e)))
+                .collect()
         });
-        let opened: Result<Vec<OwnedFd>, (String, std::io::Error)> = opened.await.map_err(|e| self.cannot(&e))?;
+        let opened: Result<Vec<OwnedFd>, (String, std::io::Error)> =
+            opened.await.map_err(|e| self.cannot(&e))?;
         opened.map_err(|(source, error)| {
-            self.failed(&format!("could not be started: volume \"{source}\" cannot be opened beneath the DataPool: {error}"))
+            self.failed(&format!(
+                "could not be started: volume \"{source}\" cannot be opened beneath the DataPool: {error}"
+            ))
         })
     }
 
@@ -342,7 +354,12 @@ impl Launch {
             tracing::warn!(container = %group.name(), %error, "ending what is left in the cgroup");
         }
         if let Err(error) = group.remove().await {
-            self.host.events.emit("leak", Some(&self.app.name), Some(self.generation), format!("its cgroup could not be removed: {error}"));
+            self.host.events.emit(
+                "leak",
+                Some(&self.app.name),
+                Some(self.generation),
+                format!("its cgroup could not be removed: {error}"),
+            );
         }
     }
 
@@ -425,7 +442,9 @@ fn only_v6_loopback(listening: &Listening) -> bool {
 fn handles_sigterm(pid: i32) -> bool {
     let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else { return true };
     let caught = status.lines().find_map(|l| l.strip_prefix("SigCgt:"));
-    caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_none_or(|mask| mask & (1 << (SIGTERM - 1)) != 0)
+    caught
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_none_or(|mask| mask & (1 << (SIGTERM - 1)) != 0)
 }
 
 fn open_beneath(pool: &OwnedFd, source: &str) -> std::io::Result<OwnedFd> {
@@ -441,7 +460,9 @@ async fn sleep_until(deadline: Option<Instant>) {
     }
 }
 
-async fn joined(probe: &mut Option<tokio::task::JoinHandle<std::io::Result<ready::Ready>>>) -> std::io::Result<ready::Ready> {
+async fn joined(
+    probe: &mut Option<tokio::task::JoinHandle<std::io::Result<ready::Ready>>>,
+) -> std::io::Result<ready::Ready> {
     match probe {
         Some(task) => task.await.unwrap_or_else(|e| Err(std::io::Error::other(e))),
         None => std::future::pending().await,

@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 pub mod api;
+mod asyncfd;
 pub mod cgroup;
 mod clock;
 pub mod daemon;

@@ -42,7 +42,11 @@ impl Output {
     ///
     /// # Errors
     /// No pipe could be made (descriptors used up).
-    pub fn capture(self: &Arc<Self>, generation: Generation, stream: &'static str) -> io::Result<(OwnedFd, Capture)> {
+    pub fn capture(
+        self: &Arc<Self>,
+        generation: Generation,
+        stream: &'static str,
+    ) -> io::Result<(OwnedFd, Capture)> {
         let (write, read) = pipe::pipe()?;
         let task = tokio::spawn(read_lines(Arc::clone(self), read, generation, stream));
         Ok((write.into_blocking_fd()?, Capture(task)))
@@ -57,7 +61,8 @@ impl Output {
     /// The last line of `generation` that is not empty.
     pub fn last_words(&self, generation: Generation) -> Option<String> {
         let ring = self.lock();
-        let line = ring.lines.iter().rev().find(|l| l.generation == generation && !l.line.trim().is_empty())?;
+        let line =
+            ring.lines.iter().rev().find(|l| l.generation == generation && !l.line.trim().is_empty())?;
         Some(line.line.clone())
     }
 
@@ -92,7 +97,12 @@ impl Capture {
     }
 }
 
-async fn read_lines(output: Arc<Output>, mut pipe: pipe::Receiver, generation: Generation, stream: &'static str) {
+async fn read_lines(
+    output: Arc<Output>,
+    mut pipe: pipe::Receiver,
+    generation: Generation,
+    stream: &'static str,
+) {
     let mut buffer = vec![0u8; BUFFER];
     let mut partial: Vec<u8> = Vec::new();
     loop {

@@ -7,11 +7,7 @@ mod duties;
 mod running;
 mod status;
 
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use cmdb::{App, Generation, Outcome, Store, Transition};
 use launcher_client::wire::{Activity, LogLine, Refusal, RefusalCode, Status, WakeTiming};
@@ -198,7 +194,8 @@ impl Supervisor {
         for _ in 0..2 {
             let transition = Transition::Wake { node: self.host.node.clone(), start_timeout_ms };
             match self.apply(transition).await {
-                Ok(Outcome::Ready(generation)) => match self.running.get(&generation).and_then(Running::live) {
+                Ok(Outcome::Ready(generation)) => match self.running.get(&generation).and_then(Running::live)
+                {
                     Some((live, timing)) => {
                         let timing = WakeTiming { warm: true, ..timing };
                         return drop(reply.send(Ok(Awake { live, timing })));
@@ -229,7 +226,11 @@ impl Supervisor {
 
     /// Begins an instance; `replaces` ends when it is ready.
     fn launch(&mut self, generation: Generation, replaces: Option<Generation>, cause: &str) {
-        self.emit("wake", generation, format!("{} is being started: {cause}", name(&self.app.name, generation)));
+        self.emit(
+            "wake",
+            generation,
+            format!("{} is being started: {cause}", name(&self.app.name, generation)),
+        );
         let (control, inbox) = mpsc::unbounded_channel();
         self.running.insert(generation, Running::starting(control, Arc::clone(&self.app), replaces));
         let launch = Launch {
@@ -266,7 +267,11 @@ impl Supervisor {
         match self.apply(Transition::Ready { generation, port: live.port }).await {
             Ok(Outcome::Done) => {}
             other => {
-                tracing::warn!(?other, generation = generation.0, "the CMDB does not take an instance that is ready");
+                tracing::warn!(
+                    ?other,
+                    generation = generation.0,
+                    "the CMDB does not take an instance that is ready"
+                );
                 return self.drain(generation, "the CMDB does not know it").await;
             }
         }
@@ -299,7 +304,8 @@ impl Supervisor {
         } else {
             let was_starting = matches!(running.stage, Stage::Starting);
             drop(self.apply(Transition::Failed { generation, reason: end.reason.clone() }).await);
-            let words = self.output.last_words(generation).map_or(String::new(), |l| format!("; its last line: {l}"));
+            let words =
+                self.output.last_words(generation).map_or(String::new(), |l| format!("; its last line: {l}"));
             let kind = match (end.oom, was_starting) {
                 (true, _) => "oom",
                 (false, true) => "start-failed",
@@ -316,7 +322,10 @@ impl Supervisor {
                 }
             }
             if was_starting && running.replaces.is_none() {
-                self.refuse_wakers(&Refusal::new(end.code, format!("{} {}{when}", self.app.name, end.reason)));
+                self.refuse_wakers(&Refusal::new(
+                    end.code,
+                    format!("{} {}{when}", self.app.name, end.reason),
+                ));
             }
         }
         // A waker that came while the only start was being stopped wants another one.
@@ -351,7 +360,11 @@ impl Supervisor {
 
     fn backing_off(&self, until_ms: u64, reason: &str) -> Refusal {
         let wait_ms = until_ms.saturating_sub(unix_ms());
-        let message = format!("{} {reason}; the next start is tried in {:.1?}", self.app.name, Duration::from_millis(wait_ms));
+        let message = format!(
+            "{} {reason}; the next start is tried in {:.1?}",
+            self.app.name,
+            Duration::from_millis(wait_ms)
+        );
         Refusal { retry_after_ms: Some(wait_ms), ..Refusal::new(RefusalCode::Backoff, message) }
     }
 

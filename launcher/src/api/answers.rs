@@ -32,7 +32,11 @@ impl Peer {
             Request::Restart { app } => self.restart(&app).map(without_fds),
             Request::WakeTiming { app, generation } => self.timing(&app, generation).await.map(without_fds),
             // Dealt with by `take_note`.
-            Request::FirstByte { .. } | Request::Report { .. } | Request::Quiesced { .. } | Request::Suspect { .. } | Request::Note { .. } => return,
+            Request::FirstByte { .. }
+            | Request::Report { .. }
+            | Request::Quiesced { .. }
+            | Request::Suspect { .. }
+            | Request::Note { .. } => return,
         };
         // A peer that has gone needs no answer.
         let _ = match answer {
@@ -73,7 +77,10 @@ impl Peer {
         }
         let mut changes = match self.host.store.watch().await {
             Ok(changes) => changes,
-            Err(error) => return drop(self.reply(id, Reply::Error(store_refusal(&error)), Vec::new()).await),
+            Err(error) => {
+                let _ = self.reply(id, Reply::Error(store_refusal(&error)), Vec::new()).await;
+                return;
+            }
         };
         loop {
             let change = tokio::select! {
@@ -84,7 +91,10 @@ impl Peer {
                 Some(Change::Put { app, record }) => Reply::Put { app, record },
                 Some(Change::Removed(app)) => Reply::Removed { app },
                 Some(Change::Synced) => Reply::Synced,
-                None => Reply::Error(Refusal::new(RefusalCode::Busy, "the watch fell too far behind; begin again")),
+                None => Reply::Error(Refusal::new(
+                    RefusalCode::Busy,
+                    "the watch fell too far behind; begin again",
+                )),
             };
             let last = matches!(reply, Reply::Error(_));
             if self.reply(id, reply, Vec::new()).await.is_err() || last {
@@ -97,7 +107,12 @@ impl Peer {
         let name = app.name.clone();
         let wants_instances = app.scale.min > 0;
         self.host.store.put_app(app).await.map_err(|e| store_refusal(&e))?;
-        self.host.events.emit("config-applied", Some(&name), None, format!("the configuration of {name} is in force"));
+        self.host.events.emit(
+            "config-applied",
+            Some(&name),
+            None,
+            format!("the configuration of {name} is in force"),
+        );
         match self.host.running_supervisor(&name) {
             Some(supervisor) => {
                 if let Some((spec, _)) = self.host.store.get(&name) {
@@ -220,7 +235,12 @@ impl Peer {
     }
 
     async fn timing(&self, app: &AppName, generation: Generation) -> Result<Reply, Refusal> {
-        let not_known = || Refusal::new(RefusalCode::UnknownInstance, format!("nothing is known of {app}.{generation} any more"));
+        let not_known = || {
+            Refusal::new(
+                RefusalCode::UnknownInstance,
+                format!("nothing is known of {app}.{generation} any more"),
+            )
+        };
         let supervisor = self.host.running_supervisor(app).ok_or_else(not_known)?;
         let (reply, timing) = oneshot::channel();
         let _ = supervisor.send(Message::Timing(generation, reply));
@@ -232,7 +252,9 @@ impl Peer {
     }
 
     async fn send(&self, id: u64, reply: Reply) -> Result<(), Refusal> {
-        self.reply(id, reply, Vec::new()).await.map_err(|()| Refusal::new(RefusalCode::Busy, "the peer has gone"))
+        self.reply(id, reply, Vec::new())
+            .await
+            .map_err(|()| Refusal::new(RefusalCode::Busy, "the peer has gone"))
     }
 }
 
@@ -249,7 +271,10 @@ fn count_lines(wanted: u32) -> usize {
 }
 
 fn no_sockets(error: &std::io::Error) -> Refusal {
-    Refusal::new(RefusalCode::Internal, format!("no sockets could be made in the instance's network: {error}"))
+    Refusal::new(
+        RefusalCode::Internal,
+        format!("no sockets could be made in the instance's network: {error}"),
+    )
 }
 
 fn unknown(app: &AppName) -> Refusal {

@@ -48,7 +48,12 @@ impl Role {
             Self::Stranger => false,
             Self::CoreApi => matches!(
                 request,
-                Request::Watch { .. } | Request::PutApp { .. } | Request::RemoveApp { .. } | Request::Note { .. } | Request::Ps { .. } | Request::Events { .. }
+                Request::Watch { .. }
+                    | Request::PutApp { .. }
+                    | Request::RemoveApp { .. }
+                    | Request::Note { .. }
+                    | Request::Ps { .. }
+                    | Request::Events { .. }
             ),
             Self::Proxy => matches!(
                 request,
@@ -88,7 +93,9 @@ mod tests {
         let remove = Request::RemoveApp { app: app() };
         let stop = Request::Stop { app: app() };
 
-        assert!(identities.role(0).may(&wake) && identities.role(0).may(&remove) && identities.role(0).may(&stop));
+        assert!(
+            identities.role(0).may(&wake) && identities.role(0).may(&remove) && identities.role(0).may(&stop)
+        );
         assert!(identities.role(60_902).may(&wake) && !identities.role(60_902).may(&remove));
         assert!(identities.role(60_901).may(&remove) && !identities.role(60_901).may(&wake));
         assert!(!identities.role(60_901).may(&stop) && !identities.role(60_902).may(&stop));

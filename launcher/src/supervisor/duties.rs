@@ -104,7 +104,9 @@ impl Supervisor {
         }
         for old in self.generations() {
             let Some(running) = self.running.get(&old) else { continue };
-            let Some(reason) = running.wants_replacement.clone().filter(|_| running.is_ready()) else { continue };
+            let Some(reason) = running.wants_replacement.clone().filter(|_| running.is_ready()) else {
+                continue;
+            };
             if running.replacement.is_some() {
                 continue;
             }
@@ -134,7 +136,7 @@ impl Supervisor {
     /// Starts instances until `scale.min` serve.
     pub(super) async fn keep_minimum(&mut self) {
         let now = Instant::now();
-        while self.serving() < self.minimum() && !self.retry_at.is_some_and(|at| at > now) {
+        while self.serving() < self.minimum() && self.retry_at.is_none_or(|at| at <= now) {
             let transition = Transition::Add {
                 node: self.host.node.clone(),
                 start_timeout_ms: self.start_timeout_ms(),
@@ -189,7 +191,11 @@ impl Supervisor {
 
     pub(super) fn first_byte(&mut self, generation: Generation) {
         if self.running.get(&generation).is_some_and(|r| !r.quota_applied) {
-            self.emit("first-byte", generation, format!("{} sent its first byte", name(&self.app.name, generation)));
+            self.emit(
+                "first-byte",
+                generation,
+                format!("{} sent its first byte", name(&self.app.name, generation)),
+            );
             self.apply_quota(generation);
         }
     }
@@ -240,8 +246,12 @@ impl Supervisor {
         }
         if old.container != self.app.container || old.volumes != self.app.volumes {
             self.replace_all("its configuration changed");
-            let starting: Vec<_> =
-                self.running.iter().filter(|(_, r)| matches!(r.stage, Stage::Starting)).map(|(g, _)| *g).collect();
+            let starting: Vec<_> = self
+                .running
+                .iter()
+                .filter(|(_, r)| matches!(r.stage, Stage::Starting))
+                .map(|(g, _)| *g)
+                .collect();
             // What is starting the old way would never be wanted; who waits for it gets the new one.
             for generation in starting {
                 self.drain(generation, "its configuration changed while it started").await;
@@ -259,7 +269,9 @@ impl Supervisor {
                 .and_then(|()| if running.quota_applied { set_quota(group, &self.app) } else { Ok(()) });
             match outcome {
                 Ok(()) => self.emit("limits", *generation, "its limits were changed while it runs".into()),
-                Err(error) => self.emit("limits", *generation, format!("its limits could not be changed: {error}")),
+                Err(error) => {
+                    self.emit("limits", *generation, format!("its limits could not be changed: {error}"))
+                }
             }
         }
     }
@@ -283,7 +295,9 @@ impl Supervisor {
     }
 
     fn wants_replacement(&self) -> bool {
-        self.running.values().any(|r| r.is_ready() && r.wants_replacement.is_some() && r.replacement.is_none())
+        self.running
+            .values()
+            .any(|r| r.is_ready() && r.wants_replacement.is_some() && r.replacement.is_none())
     }
 
     fn generations(&self) -> Vec<Generation> {

@@ -116,7 +116,8 @@ impl Running {
 
     pub(super) fn ready(&mut self, live: Arc<Live>, timing: WakeTiming) {
         let since = Instant::now();
-        let expires = self.app.lifecycle.lifetime.map(|lifetime| since + jittered(lifetime, live.id.generation));
+        let expires =
+            self.app.lifecycle.lifetime.map(|lifetime| since + jittered(lifetime, live.id.generation));
         self.last_active = since;
         self.stage = Stage::Ready { live, timing, since, expires };
     }

@@ -30,7 +30,8 @@ impl Supervisor {
         status.port = running.live().map(|(live, _)| live.port);
         status.age_ms = Some(ms(running.age()));
         status.in_flight = running.in_flight();
-        status.idle_ms = Some(if status.in_flight > 0 { 0 } else { ms(Instant::now() - running.last_active) });
+        status.idle_ms =
+            Some(if status.in_flight > 0 { 0 } else { ms(Instant::now() - running.last_active) });
         status.requests = running.requests;
         status.cpu_us = group.and_then(|g| g.cpu_stat().ok()).map(|s| s.usage_us);
         status.cpu_limit = self.app.resources.cpu.filter(|_| running.quota_applied).map(|c| c.0);
