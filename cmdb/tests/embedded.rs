@@ -1,53 +1,12 @@
 //! The embedded store, as the launcher uses it: on a real file.
 #![allow(missing_docs)]
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+mod common;
 
-use cmdb::{
-    App, Change, Generation, Outcome, State, Store, StoreError, Transition,
-    app::{Container, Hold, Lifecycle, Resources, Scale},
-    embedded::EmbeddedStore,
-    units::Bytes,
-};
+use std::path::Path;
 
-fn app(name: &str, host: &str) -> App {
-    App {
-        name: name.parse().unwrap(),
-        server_names: vec![host.parse().unwrap()],
-        container: Container {
-            image: "dir:/srv/images/hello".into(),
-            command: vec!["/hello".into()],
-            port: Some(8080),
-            user: String::new(),
-            workdir: "/".into(),
-            env: BTreeMap::new(),
-        },
-        volumes: Vec::new(),
-        resources: Resources {
-            cpu: None,
-            cpu_max: None,
-            memory: Bytes(1 << 28),
-            pids: 64,
-            disk: Bytes(1 << 28),
-        },
-        lifecycle: Lifecycle {
-            start_timeout: Duration::from_secs(20),
-            freeze_after: None,
-            idle_timeout: None,
-            lifetime: None,
-            drain_timeout: Duration::from_secs(30),
-            stop_timeout: Duration::from_secs(10),
-        },
-        scale: Scale {
-            min: 0,
-            max: 2,
-            response_time: None,
-            concurrency: None,
-            pick: cmdb::app::Pick::Random,
-        },
-        hold: Hold { queue: 10, timeout: Duration::from_secs(30), page: false },
-    }
-}
+use cmdb::{Change, Generation, Outcome, State, Store, StoreError, Transition, embedded::EmbeddedStore};
+use common::app;
 
 fn open(path: &Path) -> EmbeddedStore {
     EmbeddedStore::open(path).unwrap()
