@@ -70,11 +70,11 @@ pub(super) fn clone3(flags: u64, exit_signal: i32, cgroup: Option<BorrowedFd<'_>
     let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<CloneArgs>()) };
     match result {
         0 => Ok(Cloned::Child),
-        // SAFETY: in the parent a successful CLONE_PIDFD has stored a new descriptor that nobody else owns.
-        pid if pid > 0 => Ok(Cloned::Parent {
-            pid: i32::try_from(pid).unwrap_or(-1),
-            pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
-        }),
+        pid if pid > 0 => {
+            // SAFETY: in the parent a successful CLONE_PIDFD has stored a new descriptor that nobody else owns.
+            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+            Ok(Cloned::Parent { pid: i32::try_from(pid).unwrap_or(-1), pidfd })
+        }
         _ => Err(io::Error::last_os_error()),
     }
 }
