@@ -1,11 +1,11 @@
 //! Images and tenants that try to reach the host, and plans that cannot be carried out.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 
 use tempfile::TempDir;
 
-use crate::lab::{Container, Image, fingerprint};
+use crate::lab::{Container, ID_BASE, Image, fingerprint};
 
 /// A directory of the host that must never change.
 fn victim() -> TempDir {
@@ -88,6 +88,25 @@ pub fn volumes_are_written_or_not_as_planned_and_show_the_containers_ids() {
     assert_eq!(seen.stdout.matches("nosuid,nodev").count(), 2, "{seen:#?}");
     use std::os::unix::fs::MetadataExt;
     assert_eq!(fs::metadata(data.path().join("file")).unwrap().uid(), 0, "ids are mapped back on the disk");
+}
+
+pub fn a_volume_that_knows_no_id_mapping_shows_the_hosts_ids_and_obeys_them() {
+    let image = Image::new();
+    let volume = TempDir::new().unwrap();
+    rustix::mount::mount("ramfs", volume.path(), "ramfs", rustix::mount::MountFlags::empty(), None).unwrap();
+    for (name, owner) in [("mine", ID_BASE), ("hosts", 0)] {
+        fs::write(volume.path().join(name), "old").unwrap();
+        chown(volume.path().join(name), Some(owner), Some(owner)).unwrap();
+    }
+    let script = "stat -c %u /data/mine /data/hosts; echo new > /data/mine; echo new > /data/hosts";
+
+    let seen = Container::shell(&image, script).volume(volume.path(), "/data", false).run();
+
+    assert_eq!(seen.stdout, "0\n65534\n", "{seen:#?}");
+    assert!(seen.stderr.contains("Permission denied"), "{seen:#?}");
+    assert_eq!(fs::read_to_string(volume.path().join("mine")).unwrap(), "new\n");
+    assert_eq!(fs::read_to_string(volume.path().join("hosts")).unwrap(), "old");
+    rustix::mount::unmount(volume.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
 }
 
 pub fn volume_targets_do_not_leave_the_root() {

@@ -32,6 +32,7 @@ const TESTS: &[(&str, fn())] = tests![
     hostile::links_in_etc_lead_nowhere,
     hostile::account_files_are_read_with_care,
     hostile::volumes_are_written_or_not_as_planned_and_show_the_containers_ids,
+    hostile::a_volume_that_knows_no_id_mapping_shows_the_hosts_ids_and_obeys_them,
     hostile::volume_targets_do_not_leave_the_root,
     hostile::a_volumes_own_links_do_not_move_the_next_volume_out,
     hostile::every_failure_names_its_step_and_error,
@@ -59,6 +60,10 @@ fn main() {
 
 fn run(wanted: Option<&str>) {
     assert!(rustix::process::geteuid().is_root(), "these tests make containers: run them as root");
+    // What tests mount, the machine does not see.
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+    let private = rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", private).unwrap();
     let mut failed = Vec::new();
     for (name, test) in TESTS.iter().filter(|(name, _)| wanted.is_none_or(|part| name.contains(part))) {
         let result = std::panic::catch_unwind(test);

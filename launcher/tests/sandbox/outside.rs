@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use launcher::sandbox::UserNs;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::lab::{Container, ID_BASE, Image};
 
@@ -109,6 +110,8 @@ impl Drop for Group {
 
 pub fn a_spawner_with_many_descriptors_makes_containers_with_few() {
     let image = Image::new();
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
     let _held: Vec<File> = (0..3000).map(|_| File::open("/dev/null").unwrap()).collect();
     let mut container = Container::new(&image, &["probe", "status"]);
     container.plan.nofile = 64;
