@@ -1,4 +1,4 @@
-//! The system calls that neither rustix nor nix offers, each behind a safe function. All `unsafe` of the crate is here.
+//! The system calls that neither rustix nor nix offers, each behind a safe function.
 
 use std::ffi::CStr;
 use std::io;

@@ -42,6 +42,7 @@ const TESTS: &[(&str, fn())] = tests![
     outside::a_cgroup_of_v2_is_entered_by_the_clone_itself,
     outside::a_spawner_with_many_descriptors_makes_containers_with_few,
     outside::many_containers_share_one_prepared_user_namespace,
+    outside::a_half_made_container_does_not_outlive_its_spawner,
     outside::where_no_listener_can_be_had_the_container_runs_without,
 ];
 

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use launcher::sandbox::UserNs;
+use launcher::sandbox::{UserNs, start};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::lab::{Container, ID_BASE, Image};
@@ -131,6 +132,34 @@ pub fn many_containers_share_one_prepared_user_namespace() {
     let unmapped = UserNs::new(0).unwrap_err();
 
     assert_eq!((unmapped.step.as_str(), unmapped.errno), ("make user namespace", libc::EINVAL));
+}
+
+/// Nobody else knows of it: whether the signal comes or the report socket is closed, it must end.
+pub fn a_half_made_container_does_not_outlive_its_spawner() {
+    let image = Image::new();
+    let container = Container::shell(&image, "echo alive");
+    let userns = UserNs::new(ID_BASE).unwrap();
+    for _ in 0..20 {
+        let (mut output, output_end) = std::io::pipe().unwrap();
+        let ends = (output_end.try_clone().unwrap().into(), output_end.into());
+        // SAFETY: this process has one thread, and the child ends without returning.
+        let spawner = match unsafe { nix::unistd::fork() }.unwrap() {
+            nix::unistd::ForkResult::Parent { child } => child,
+            nix::unistd::ForkResult::Child => {
+                let started = start(&container.plan, container.fds(ends.0, ends.1), &userns);
+                // SAFETY: `_exit` has no precondition.
+                unsafe { libc::_exit(i32::from(started.is_err())) }
+            }
+        };
+        drop(ends);
+        let status = nix::sys::wait::waitpid(spawner, None).unwrap();
+        assert_eq!(status, nix::sys::wait::WaitStatus::Exited(spawner, 0));
+
+        let mut said = String::new();
+        output.read_to_string(&mut said).unwrap(); // ends when the container has
+
+        assert_eq!(said, "");
+    }
 }
 
 /// Inside a sandbox that listens to notifications itself, there can be no second listener.
