@@ -23,6 +23,8 @@ pub(super) struct Inheritance<'a> {
     pub(super) stderr: OwnedFd,
     pub(super) userns: BorrowedFd<'a>,
     pub(super) filters: &'static Filters,
+    /// Whether the launcher, and so far the child, is protected from the out-of-memory killer.
+    pub(super) protected: bool,
 }
 
 /// Makes the container around this process and becomes the app. Returns only the failure.
@@ -43,7 +45,7 @@ fn prepare(given: Inheritance<'_>, reporter: &Reporter, steps: &mut Steps) -> Re
     steps.run("join cgroups", || process::join_cgroups(&given.cgroup_tasks))?;
     steps.run("unshare cgroup namespace", process::unshare_cgroup)?;
     steps.run("new session", process::new_session)?;
-    steps.run("reset oom score", process::reset_oom_score)?;
+    steps.run("reset oom score", || process::reset_oom_score(given.protected))?;
 
     // The root, put together where only this mount namespace sees it.
     steps.run("make mounts private", root::make_mounts_private)?;
