@@ -177,7 +177,7 @@ pub(super) fn interface_up(socket: BorrowedFd<'_>, name: &CStr) -> io::Result<()
     // SAFETY: `ifreq` is plain data for which zero is a value.
     let mut request: libc::ifreq = unsafe { zeroed() };
     for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.to_bytes()) {
-        *to = from.cast_signed();
+        *to = libc::c_char::from_ne_bytes([*from]); // signed or not, by instruction set
     }
     // SAFETY: both calls get a valid `ifreq`; the flags are the member of the union that the first one fills.
     unsafe {
