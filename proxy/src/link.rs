@@ -23,6 +23,7 @@ use tokio::{
 };
 
 use crate::{
+    memory,
     pages::Fault,
     tenant::{AppRuntime, House},
     upstream::{Stock, Upstream},
@@ -89,12 +90,14 @@ impl Link {
     pub async fn run(&self, shutdown: ShutdownWatch) {
         let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(commands) = commands else { return };
+        memory::recall(&self.house);
         let (sender, line) = watch::channel(None);
         tokio::join!(
             follow(&self.house, sender),
             obey(commands, line.clone()),
             report(&self.house, line),
             end_of_grace(&self.house, shutdown),
+            memory::keep(&self.house),
         );
     }
 }
@@ -121,6 +124,7 @@ async fn follow(house: &Arc<House>, line: watch::Sender<Option<Client>>) {
                 tracing::info!(path = %path.display(), "connected to the launcher");
                 house.linked.store(true, SeqCst);
                 line.send_replace(Some(client));
+                house.admit(|cache| cache.begin_sync());
                 while let Some(change) = changes.recv().await {
                     let synced = matches!(change, Change::Synced);
                     house.admit(|cache| cache.apply(change));
@@ -256,9 +260,9 @@ async fn report(house: &Arc<House>, line: Line) {
                     upstream.listed.store(true, SeqCst);
                     return true;
                 }
-            } else {
-                activity.push(what);
             }
+            // Also once when it has become quiet: the launcher would count its last requests as under way for ever.
+            activity.push(what);
             !quiet
         });
         let mut rest = activity.into_iter().peekable();
