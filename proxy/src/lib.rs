@@ -24,6 +24,7 @@ pub mod config;
 pub mod hold;
 pub mod link;
 pub mod measure;
+mod memory;
 pub mod pages;
 pub mod phases;
 pub mod quirks;

@@ -24,6 +24,7 @@ use tokio::{
 };
 
 use crate::{
+    memory,
     pages::Fault,
     tenant::{AppRuntime, House},
     upstream::{Stock, Upstream},
@@ -90,12 +91,14 @@ impl Link {
     pub async fn run(&self, shutdown: ShutdownWatch) {
         let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(commands) = commands else { return };
+        memory::recall(&self.house);
         let (sender, line) = watch::channel(None);
         tokio::join!(
             follow(&self.house, sender),
             obey(commands, line.clone()),
             report(&self.house, line),
             end_of_grace(&self.house, shutdown),
+            memory::keep(&self.house),
         );
     }
 }
@@ -122,6 +125,7 @@ async fn follow(house: &Arc<House>, line: watch::Sender<Option<Client>>) {
                 tracing::info!(path = %path.display(), "connected to the launcher");
                 house.linked.store(true, SeqCst);
                 line.send_replace(Some(client));
+                house.admit(|cache| cache.begin_sync());
                 while let Some(change) = changes.recv().await {
                     let synced = matches!(change, Change::Synced);
                     // A record that nobody thought of may cost its own app, never the link (and with it all apps).
@@ -272,6 +276,8 @@ async fn report(house: &Arc<House>, line: Line) {
                     return true;
                 }
             }
+            // Also once when it has become quiet: the launcher would count its last requests as under way for ever.
+            activity.push(what);
             !quiet
         });
         let mut rest = activity.into_iter().peekable();
