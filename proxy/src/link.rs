@@ -125,7 +125,8 @@ async fn follow(house: &Arc<House>, line: watch::Sender<Option<Client>>) {
                 tracing::info!(path = %path.display(), "connected to the launcher");
                 house.linked.store(true, SeqCst);
                 line.send_replace(Some(client));
-                house.admit(|cache| cache.begin_sync());
+                house.synced.store(false, SeqCst);
+                house.cache.begin_sync();
                 while let Some(change) = changes.recv().await {
                     let synced = matches!(change, Change::Synced);
                     // A record that nobody thought of may cost its own app, never the link (and with it all apps).
@@ -135,6 +136,7 @@ async fn follow(house: &Arc<House>, line: watch::Sender<Option<Client>>) {
                     }
                     if synced {
                         pause.reset();
+                        house.synced.store(true, SeqCst);
                         house.informed.store(true, SeqCst);
                         // A launcher that has just come has not heard what was said to the one before.
                         house
@@ -276,8 +278,6 @@ async fn report(house: &Arc<House>, line: Line) {
                     return true;
                 }
             }
-            // Also once when it has become quiet: the launcher would count its last requests as under way for ever.
-            activity.push(what);
             !quiet
         });
         let mut rest = activity.into_iter().peekable();

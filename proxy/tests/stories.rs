@@ -16,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use cmdb::cache::LastKnownGood;
 use common::*;
 use launcher_client::wire::{Refusal, RefusalCode, Request};
 use tokio::{io::AsyncWriteExt, net::TcpStream, sync::Notify, time::sleep};
@@ -314,6 +315,39 @@ async fn warm_apps_are_served_while_the_launcher_is_away_and_cold_ones_when_it_i
     eventually(|| proxy.held() == 1).await;
     launcher.reconnect();
     assert_eq!(cold.await.unwrap().status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_that_starts_before_the_launcher_holds_what_it_knew_last() {
+    let (launcher, web) = (FakeLauncher::start(), Web::saying("hello").await);
+    launcher.put(app("blog"), web.port);
+    launcher.disconnect();
+    LastKnownGood::new(launcher.state.proxy().join("apps.last-known-good"))
+        .write(&[Arc::new(app("blog"))])
+        .unwrap();
+    let proxy = Proxy::start(&launcher).await;
+    assert_eq!(get(proxy.address, "shop.test", "/").await.status, 404);
+    let held = tokio::spawn(get(proxy.address, "blog.test", "/"));
+    eventually(|| proxy.held() == 1).await;
+    launcher.reconnect();
+    assert_eq!(held.await.unwrap().body, "hello");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_that_was_removed_while_the_launcher_was_away_is_unknown_afterwards() {
+    let (launcher, web) = (FakeLauncher::start(), Web::saying("hello").await);
+    let mut short = app("blog");
+    short.hold.timeout = Duration::from_millis(300);
+    launcher.put(short, web.port);
+    launcher.put(app("shop"), web.port);
+    let proxy = Proxy::start(&launcher).await;
+    launcher.disconnect();
+    launcher.remove("shop");
+    assert_eq!(get(proxy.address, "blog.test", "/").await.status, 503, "no launcher, nothing warm");
+    launcher.reconnect();
+    eventually(|| proxy.house.apps().len() == 1).await;
+    assert_eq!(get(proxy.address, "shop.test", "/").await.status, 404);
+    assert_eq!(get(proxy.address, "blog.test", "/").await.status, 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
