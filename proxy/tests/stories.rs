@@ -358,7 +358,7 @@ async fn without_a_launcher_a_cold_app_is_unavailable_at_its_deadline() {
     launcher.put(short, 1);
     let proxy = Proxy::start(&launcher).await;
     launcher.disconnect();
-    eventually(|| !proxy.house.linked.load(std::sync::atomic::Ordering::SeqCst)).await;
+    eventually(|| !proxy.house.linked.load(SeqCst)).await;
     let response = get(proxy.address, "blog.test", "/").await;
     assert_eq!((response.status, response.header("retry-after")), (503, Some("1")));
 }
