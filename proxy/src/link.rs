@@ -34,6 +34,8 @@ use crate::{
 const REPORT_EVERY: Duration = Duration::from_millis(250);
 /// Sockets that come along with a wake.
 const WAKE_SOCKETS: u32 = 16;
+/// A back-off that ends this soon is waited for.
+const SHORT_BACKOFF_MS: u64 = 250;
 /// Most reports in one packet.
 const REPORT_CHUNK: usize = 256;
 
@@ -193,7 +195,11 @@ async fn wake(app: Arc<AppRuntime>, mut line: Line) {
             Err(ClientError::Refused(refusal)) => {
                 // The launcher may learn of a new app a moment after this proxy did, or have begun to end an instance.
                 let race = matches!(refusal.code, RefusalCode::UnknownApp | RefusalCode::UnknownInstance);
-                if !race || begun.elapsed() > Duration::from_secs(2) {
+                // Nobody is sent away for a moment that is over before they could come back.
+                let moment = refusal.retry_after_ms.filter(|ms| *ms <= SHORT_BACKOFF_MS);
+                if let (RefusalCode::Backoff, Some(ms)) = (refusal.code, moment) {
+                    sleep(Duration::from_millis(ms)).await;
+                } else if !race || begun.elapsed() > Duration::from_secs(2) {
                     tracing::info!(app = %app.name, code = %refusal.code, reason = %refusal.message, "not woken");
                     app.refuse(&Fault::of_refusal(&refusal));
                     break;
