@@ -32,8 +32,8 @@ use crate::{
 
 /// How often the launcher hears what instances do.
 const REPORT_EVERY: Duration = Duration::from_millis(250);
-/// Sockets that come along with a wake.
-const WAKE_SOCKETS: u32 = 16;
+/// Sockets that come along with a wake: one for each who waits, within these bounds.
+const WAKE_SOCKETS: std::ops::RangeInclusive<u32> = 2..=32;
 /// A back-off that ends this soon is waited for.
 const SHORT_BACKOFF_MS: u64 = 250;
 /// Most reports in one packet.
@@ -186,7 +186,7 @@ async fn wake(app: Arc<AppRuntime>, mut line: Line) {
     // Nobody waits any more: nobody needs the next attempt.
     while !app.room.is_empty() {
         let Some(client) = connection(&mut line).await else { continue };
-        match client.wake(&app.name, WAKE_SOCKETS).await {
+        match client.wake(&app.name, sockets_for(app.room.len())).await {
             Ok(woken) => {
                 if app.woken(woken) {
                     break;
@@ -210,6 +210,10 @@ async fn wake(app: Arc<AppRuntime>, mut line: Line) {
         sleep(pause.next()).await;
     }
     app.wake_ended();
+}
+
+fn sockets_for(waiting: usize) -> u32 {
+    u32::try_from(waiting).unwrap_or(u32::MAX).clamp(*WAKE_SOCKETS.start(), *WAKE_SOCKETS.end())
 }
 
 async fn refill(stock: Arc<Stock>, mut line: Line) {
@@ -283,6 +287,7 @@ async fn report(house: &Arc<House>, line: Line) {
                     upstream.listed.store(true, SeqCst);
                     return true;
                 }
+                upstream.stock().settle();
             }
             !quiet
         });

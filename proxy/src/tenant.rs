@@ -280,6 +280,7 @@ impl AppRuntime {
         if !upstream.revive() {
             return false;
         }
+        upstream.stock().expect(woken.sockets.len());
         upstream.stock().put(woken.sockets);
         self.last_wake.store(Arc::new((woken.generation, woken.timing)));
         self.publish(&known);
