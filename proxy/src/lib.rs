@@ -28,6 +28,7 @@ mod memory;
 pub mod pages;
 pub mod phases;
 pub mod quirks;
+pub mod stock;
 pub mod telemetry;
 pub mod tenant;
 pub mod upstream;

@@ -26,8 +26,9 @@ use tokio::{
 use crate::{
     memory,
     pages::Fault,
+    stock::Stock,
     tenant::{AppRuntime, House},
-    upstream::{Stock, Upstream},
+    upstream::Upstream,
 };
 
 /// How often the launcher hears what instances do.
