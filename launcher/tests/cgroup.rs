@@ -1,4 +1,5 @@
 //! Control groups on the real kernel, as root.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail anywhere")]
 
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};

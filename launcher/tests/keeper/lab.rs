@@ -62,7 +62,8 @@ pub struct Running {
     pub created: Created,
     pub group: Group,
     pub sockets: NetSockets,
-    pub output: OwnedFd,
+    /// Held open: a program whose output nobody reads would be killed by SIGPIPE.
+    pub _output: OwnedFd,
 }
 
 impl Lab {
@@ -130,7 +131,7 @@ impl Lab {
         let (fds, output) = self.fds(&group).await;
         let created = self.keeper.create(plan, fds).await.unwrap();
         let sockets = self.netns.open(created.pidfd.as_fd().try_clone_to_owned().unwrap()).await.unwrap();
-        Running { id, created, group, sockets, output }
+        Running { id, created, group, sockets, _output: output }
     }
 
     pub async fn fds(&self, group: &Group) -> (PlanFds, OwnedFd) {

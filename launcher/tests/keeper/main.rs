@@ -1,10 +1,11 @@
 //! The spawner and its keeper with real containers, as root.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail anywhere")]
 
 mod lab;
 
 use std::time::Duration;
 
-use lab::{Lab, children, descriptors, is_running, mounts};
+use lab::{Lab, children, descriptors, mounts};
 use launcher::cgroup::Limits;
 use launcher::keeper::{Exit, KeeperError, KeeperEvent};
 
