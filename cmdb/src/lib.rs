@@ -1,1 +1,17 @@
-//! Placeholder.
+//! FastContainer's CMDB: the model, its one state machine, the stores, the cache and the vhost file format.
+//!
+//! Nothing here does network I/O on behalf of a request: proxies read a [`cache`] that a watch keeps fresh.
+#![forbid(unsafe_code)]
+
+pub mod app;
+pub mod cache;
+pub mod embedded;
+pub mod instance;
+pub mod store;
+pub mod transition;
+pub mod units;
+
+pub use app::{App, AppName, HostPattern};
+pub use instance::{Generation, Instance, InstanceId, State};
+pub use store::{Change, Store, StoreError};
+pub use transition::{AppRecord, Outcome, Transition};

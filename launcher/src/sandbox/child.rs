@@ -23,6 +23,8 @@ pub(super) struct Inheritance<'a> {
     pub(super) stderr: OwnedFd,
     pub(super) userns: BorrowedFd<'a>,
     pub(super) filters: &'static Filters,
+    /// Whether the launcher, and so far the child, is protected from the out-of-memory killer.
+    pub(super) protected: bool,
 }
 
 /// Makes the container around this process and becomes the app. Returns only the failure.
@@ -43,16 +45,15 @@ fn prepare(given: Inheritance<'_>, reporter: &Reporter, steps: &mut Steps) -> Re
     steps.run("join cgroups", || process::join_cgroups(&given.cgroup_tasks))?;
     steps.run("unshare cgroup namespace", process::unshare_cgroup)?;
     steps.run("new session", process::new_session)?;
-    steps.run("reset oom score", process::reset_oom_score)?;
+    steps.run("reset oom score", || process::reset_oom_score(given.protected))?;
 
     // The root, put together where only this mount namespace sees it.
     steps.run("make mounts private", root::make_mounts_private)?;
     let staging = steps.run("mount staging", || Staging::mount(plan))?;
-    let layers = given.layers.len();
-    steps.run("attach layers", || staging.attach_layers(given.layers))?;
-    let root = steps.run("mount overlay", || staging.mount_overlay(layers))?;
+    steps.run("attach layers", || staging.attach_layers(&given.layers))?;
+    steps.run("provide files", || files::provide(staging.upper()?.as_fd(), &given.layers, plan))?;
+    let root = steps.run("mount overlay", || staging.mount_overlay(given.layers.len()))?;
     let points = steps.run("check image directories", || root.standard_directories())?;
-    steps.run("provide files", || files::provide(&root, plan))?;
     let account = steps.run("look up user", || user::look_up(&root, &plan.user))?;
 
     // Network settings go through the host's /proc, so before ours; after this nothing of the host is needed.

@@ -51,7 +51,6 @@ pub(super) fn mount_dev(staging: &Staging, point: BorrowedFd<'_>, id_base: u32) 
     }
     for (name, target) in LINKS {
         rustix::fs::symlinkat(target, &dev, name).about(name)?;
-        give(dev.as_fd(), name, id_base)?;
     }
     for name in ["pts", "shm"] {
         rustix::fs::mkdirat(&dev, name, Mode::from_raw_mode(0o755)).about(name)?;

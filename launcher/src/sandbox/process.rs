@@ -28,6 +28,8 @@ const ROOT_CAPABILITIES: [Cap; 9] = [
     Cap::NET_BIND_SERVICE,
 ];
 
+const OOM_SCORE: &str = "/proc/self/oom_score_adj";
+
 /// Makes sure that a half-made container does not outlive the spawner, who alone would know of it. The kernel
 /// forgets this when the ids change, which is when the container becomes the app's.
 pub(super) fn die_with_parent() -> Result<(), Failure> {
@@ -57,14 +59,15 @@ pub(super) fn new_session() -> Result<(), Failure> {
     Ok(())
 }
 
-/// A launcher may be protected from the out-of-memory killer; a tenant is not.
-pub(super) fn reset_oom_score() -> Result<(), Failure> {
-    let path = "/proc/self/oom_score_adj";
-    let now = std::fs::read_to_string(path).about(path)?;
-    if now.trim_start().starts_with('-') {
-        std::fs::write(path, "0").about(path)?;
-    }
-    Ok(())
+/// Whether this launcher is protected from the out-of-memory killer. Asked by the parent, whose entry in `/proc` is
+/// warm: a new process's costs 0.05 ms.
+pub(super) fn is_protected_from_oom() -> Result<bool, Failure> {
+    Ok(std::fs::read_to_string(OOM_SCORE).about(OOM_SCORE)?.trim_start().starts_with('-'))
+}
+
+/// A tenant is not protected, whatever the launcher is.
+pub(super) fn reset_oom_score(protected: bool) -> Result<(), Failure> {
+    if protected { std::fs::write(OOM_SCORE, "0").about(OOM_SCORE) } else { Ok(()) }
 }
 
 /// Lets programs without privileges bind ports below 1024: the network namespace is not owned by the container's

@@ -68,16 +68,20 @@ impl Report {
             _ => None,
         });
         let packet = bytes.get(..length).unwrap_or_default();
-        let message = serde_json::from_slice(packet).map_err(io::Error::other)?;
+        let message = serde_json::from_slice(packet).map_err(invalid)?;
         Ok(Some(match message {
-            Message::Notify => Report::Notify(listener.ok_or_else(|| {
-                io::Error::new(io::ErrorKind::InvalidData, "a listener without descriptor")
-            })?),
+            Message::Notify => {
+                Report::Notify(listener.ok_or_else(|| invalid("a listener without descriptor"))?)
+            }
             Message::NoNotify => Report::NoNotify,
             Message::Failed(error) => Report::Failed(error),
             Message::Execed(timings) => Report::Execed { timings },
         }))
     }
+}
+
+fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
 /// The child's end of the socket.
@@ -123,5 +127,65 @@ impl Reporter {
 impl AsFd for Reporter {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+
+    fn pair() -> (OwnedFd, Reporter) {
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        (ours, Reporter::new(theirs))
+    }
+
+    #[test]
+    fn a_start_reports_its_listener_and_its_timings_and_then_the_socket_ends() {
+        let (ours, child) = pair();
+        let timings = vec![StepTiming { step: "mount proc".to_owned(), us: 36 }; 60];
+
+        child.listener(Some(std::fs::File::open("/dev/null").unwrap().into())).unwrap();
+        child.execed(&timings).unwrap();
+        drop(child);
+
+        assert!(matches!(Report::recv(ours.as_fd()).unwrap(), Some(Report::Notify(_))));
+        let Some(Report::Execed { timings: received }) = Report::recv(ours.as_fd()).unwrap() else {
+            panic!("timings are next")
+        };
+        assert_eq!(received, timings);
+        assert!(Report::recv(ours.as_fd()).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_failure_names_step_error_and_matter() {
+        let (ours, child) = pair();
+        let error = Failure::new(libc::ELOOP, "/dev is a symbolic link").at("check image directories");
+
+        child.listener(None).unwrap();
+        child.failed(error.clone());
+
+        assert!(matches!(Report::recv(ours.as_fd()).unwrap(), Some(Report::NoNotify)));
+        assert!(
+            matches!(Report::recv(ours.as_fd()).unwrap(), Some(Report::Failed(received)) if received == error)
+        );
+        let text = "check image directories (/dev is a symbolic link): Too many levels of symbolic links (os error 40)";
+        assert_eq!(error.to_string(), text);
+    }
+
+    #[test]
+    fn anything_else_is_invalid_and_a_spawner_that_is_gone_is_an_error() {
+        let (ours, child) = pair();
+
+        rustix::net::send(&child.socket, b"{}", SendFlags::empty()).unwrap();
+        rustix::net::send(&child.socket, b"\"notify\"", SendFlags::empty()).unwrap();
+
+        for _ in 0..2 {
+            assert_eq!(Report::recv(ours.as_fd()).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        }
+        drop(ours);
+        assert_eq!(child.execed(&[]).unwrap_err().errno(), libc::EPIPE);
     }
 }

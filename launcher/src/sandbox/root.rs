@@ -65,8 +65,13 @@ impl Staging {
         Ok(staging)
     }
 
+    /// The upper layer of the overlay to come.
+    pub(super) fn upper(&self) -> Result<OwnedFd, Failure> {
+        open_directory(self.root.as_fd(), "upper").about("upper")
+    }
+
     /// Attaches the image's layers, lowest first.
-    pub(super) fn attach_layers(&self, layers: Vec<OwnedFd>) -> Result<(), Failure> {
+    pub(super) fn attach_layers(&self, layers: &[OwnedFd]) -> Result<(), Failure> {
         for (index, layer) in layers.iter().enumerate() {
             let place = self.directory(&index.to_string())?;
             mount::attach(layer.as_fd(), place.as_fd()).about(format!("layer {index}"))?;
@@ -118,11 +123,6 @@ impl Root {
     /// The root directory.
     pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
-    }
-
-    /// The host's id of the container's root.
-    pub(super) fn id_base(&self) -> u32 {
-        self.id_base
     }
 
     /// Checks the directories that every container needs, and makes those that the image lacks.
@@ -198,7 +198,7 @@ impl Root {
 }
 
 /// Opens a directory by a single name, which must not be a symbolic link nor another mount's root by magic.
-fn open_directory(parent: BorrowedFd<'_>, name: &str) -> Result<OwnedFd, Errno> {
+pub(super) fn open_directory(parent: BorrowedFd<'_>, name: &str) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rustix::fs::openat2(parent, name, flags, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
 }

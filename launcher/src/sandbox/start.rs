@@ -8,6 +8,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use super::child::{Inheritance, become_container};
 use super::mount;
 use super::plan::{Plan, PlanFds, StepError};
+use super::process;
 use super::report::Reporter;
 use super::seccomp::Filters;
 use super::step::{About, Failure, Steps};
@@ -43,6 +44,7 @@ pub fn start(plan: &Plan, fds: PlanFds, userns: &UserNs) -> Result<Started, Step
     let filters = Filters::prepared();
     let layers = steps.run("open layers", || open_layers(&fds, userns))?;
     let volumes = steps.run("open volumes", || open_volumes(plan, &fds, userns))?;
+    let protected = steps.run("read oom score", process::is_protected_from_oom)?;
     let (report, reporter) = steps.run("open report socket", || {
         let pair =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
@@ -56,7 +58,17 @@ pub fn start(plan: &Plan, fds: PlanFds, userns: &UserNs) -> Result<Started, Step
         Cloned::Child => {
             let PlanFds { cgroup_tasks, stdout, stderr, .. } = fds;
             let userns = userns.fd.as_fd();
-            let given = Inheritance { plan, layers, volumes, cgroup_tasks, stdout, stderr, userns, filters };
+            let given = Inheritance {
+                plan,
+                layers,
+                volumes,
+                cgroup_tasks,
+                stdout,
+                stderr,
+                userns,
+                filters,
+                protected,
+            };
             run_child(given, &Reporter::new(reporter), steps)
         }
     }

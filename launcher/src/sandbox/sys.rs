@@ -1,4 +1,4 @@
-//! The system calls that neither rustix nor nix offers, each behind a safe function. All `unsafe` of the crate is here.
+//! The system calls that neither rustix nor nix offers, each behind a safe function.
 
 use std::ffi::CStr;
 use std::io;
@@ -70,11 +70,11 @@ pub(super) fn clone3(flags: u64, exit_signal: i32, cgroup: Option<BorrowedFd<'_>
     let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<CloneArgs>()) };
     match result {
         0 => Ok(Cloned::Child),
-        // SAFETY: in the parent a successful CLONE_PIDFD has stored a new descriptor that nobody else owns.
-        pid if pid > 0 => Ok(Cloned::Parent {
-            pid: i32::try_from(pid).unwrap_or(-1),
-            pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
-        }),
+        pid if pid > 0 => {
+            // SAFETY: in the parent a successful CLONE_PIDFD has stored a new descriptor that nobody else owns.
+            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+            Ok(Cloned::Parent { pid: i32::try_from(pid).unwrap_or(-1), pidfd })
+        }
         _ => Err(io::Error::last_os_error()),
     }
 }
@@ -177,7 +177,7 @@ pub(super) fn interface_up(socket: BorrowedFd<'_>, name: &CStr) -> io::Result<()
     // SAFETY: `ifreq` is plain data for which zero is a value.
     let mut request: libc::ifreq = unsafe { zeroed() };
     for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.to_bytes()) {
-        *to = from.cast_signed();
+        *to = libc::c_char::from_ne_bytes([*from]); // signed or not, by instruction set
     }
     // SAFETY: both calls get a valid `ifreq`; the flags are the member of the union that the first one fills.
     unsafe {

@@ -180,6 +180,18 @@ impl Container {
         self
     }
 
+    /// The descriptors of the plan, with output to these two.
+    pub fn fds(&self, stdout: OwnedFd, stderr: OwnedFd) -> PlanFds {
+        PlanFds {
+            layers: self.layers.iter().map(|path| directory(path)).collect(),
+            volumes: self.volumes.iter().map(|path| directory(path)).collect(),
+            cgroup_tasks: self.cgroup_tasks.iter().map(|path| writable(path)).collect(),
+            cgroup_dir: self.cgroup_dir.as_deref().map(directory),
+            stdout,
+            stderr,
+        }
+    }
+
     /// Starts it, answers its `listen()` calls, and waits for its end.
     pub fn run(&self) -> Outcome {
         self.run_in(&UserNs::new(ID_BASE).unwrap())
@@ -188,14 +200,7 @@ impl Container {
     pub fn run_in(&self, userns: &UserNs) -> Outcome {
         let (stdout, stdout_end) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
         let (stderr, stderr_end) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
-        let fds = PlanFds {
-            layers: self.layers.iter().map(|path| directory(path)).collect(),
-            volumes: self.volumes.iter().map(|path| directory(path)).collect(),
-            cgroup_tasks: self.cgroup_tasks.iter().map(|path| writable(path)).collect(),
-            cgroup_dir: self.cgroup_dir.as_deref().map(directory),
-            stdout: stdout_end,
-            stderr: stderr_end,
-        };
+        let fds = self.fds(stdout_end, stderr_end);
         let began = Instant::now();
         let started = match start(&self.plan, fds, userns) {
             Ok(started) => started,

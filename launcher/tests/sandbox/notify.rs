@@ -20,3 +20,21 @@ pub fn answer(listener: BorrowedFd<'_>) -> bool {
     // SAFETY: the kernel reads the structure that it is given.
     unsafe { libc::ioctl(listener.as_raw_fd(), SEND, &raw mut response) == 0 }
 }
+
+/// Puts this process beneath a listener whose filter allows everything.
+pub fn install_listener() -> std::io::Result<()> {
+    let mut allow = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW };
+    let program = libc::sock_fprog { len: 1, filter: &raw mut allow };
+    let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER;
+    // SAFETY: the program is one valid instruction that outlives the call.
+    let fd =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program) };
+    // The listener must stay open across exec, or there is none to be in the way.
+    let fd = i32::try_from(fd).map_err(std::io::Error::other)?;
+    // SAFETY: this changes a mark of a descriptor that we have just got.
+    if fd < 0 || unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } < 0 {
+        Err(std::io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}

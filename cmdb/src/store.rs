@@ -1,0 +1,73 @@
+//! What every home of the CMDB offers: apps, their records, transitions, and a watch without gaps.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio::sync::mpsc;
+
+use crate::{
+    app::{App, AppName},
+    transition::{AppRecord, Outcome, Transition},
+};
+
+/// A home of the CMDB.
+#[async_trait]
+pub trait Store: Send + Sync + 'static {
+    /// Carries out one transition of one app; returns the outcome and the record after it.
+    async fn apply(&self, app: &AppName, transition: Transition) -> Result<(Outcome, AppRecord), StoreError>;
+
+    /// Puts an app in place or replaces it. Durable when it returns.
+    async fn put_app(&self, app: App) -> Result<(), StoreError>;
+
+    /// Removes an app; its instances are the launcher's to end. Durable when it returns. Unknown names are fine.
+    async fn remove_app(&self, app: &AppName) -> Result<(), StoreError>;
+
+    /// Everything there is, as [`Change::Put`]s, then [`Change::Synced`], then each change as it happens. When the
+    /// channel ends the watch was lost (or its reader too slow): begin again.
+    async fn watch(&self) -> Result<mpsc::Receiver<Change>, StoreError>;
+}
+
+/// One step of a watch.
+#[derive(Clone, Debug)]
+pub enum Change {
+    /// This app is now so. `record.rev` orders changes of one app's record.
+    Put {
+        /// What the operator asked for.
+        app: Arc<App>,
+        /// Its instances.
+        record: Arc<AppRecord>,
+    },
+    /// This app is not there any more.
+    Removed(AppName),
+    /// All that was there when the watch began has been sent.
+    Synced,
+}
+
+/// Why a store could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// No such app.
+    #[error("no app is called \"{0}\"")]
+    UnknownApp(AppName),
+    /// The store cannot be reached or is broken.
+    #[error("the CMDB cannot be reached: {0}")]
+    Unavailable(String),
+    /// What is stored cannot be read.
+    #[error("the CMDB's record of \"{app}\" cannot be read: {reason}")]
+    Corrupt {
+        /// Whose record.
+        app: String,
+        /// Why.
+        reason: String,
+    },
+    /// A server-name belongs to another app already.
+    #[error("the server-name \"{name}\" of \"{app}\" belongs to \"{owner}\" already")]
+    DuplicateName {
+        /// The name.
+        name: String,
+        /// Who asks for it.
+        app: AppName,
+        /// Who has it.
+        owner: AppName,
+    },
+}

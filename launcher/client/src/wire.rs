@@ -1,0 +1,387 @@
+//! The messages. Every packet is one [`ClientPacket`] or [`ServerPacket`].
+
+use std::{fmt, sync::Arc};
+
+use cmdb::{App, AppName, AppRecord, Generation, Outcome, State, Transition};
+use serde::{Deserialize, Serialize};
+
+/// Version of this protocol; a peer with another one is refused with a clear error.
+pub const VERSION: u32 = 1;
+/// Largest packet in bytes.
+pub const MAX_PACKET: usize = 128 * 1024;
+/// Most descriptors in one packet (the kernel's own limit is 253).
+pub const MAX_FDS: usize = 64;
+
+/// From client to launcher.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct ClientPacket {
+    /// [`VERSION`].
+    pub v: u32,
+    /// Chosen by the client, repeated in every reply; 0: no reply wanted.
+    pub id: u64,
+    /// What is asked.
+    pub body: Request,
+}
+
+/// From launcher to client.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct ServerPacket {
+    /// [`VERSION`].
+    pub v: u32,
+    /// The request that this answers.
+    pub id: u64,
+    /// The answer, or one of several of a stream that [`Reply::End`] or an error closes.
+    pub body: Reply,
+}
+
+/// What a client may ask. Who may ask what: see each; peers are known by `SO_PEERCRED`.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Request {
+    /// Proxy, operator: have an instance ready. Idempotent. → [`Reply::Woken`] with sockets.
+    Wake {
+        /// Which app.
+        app: AppName,
+        /// How many sockets to send along (0 to [`MAX_FDS`]).
+        sockets: u32,
+    },
+    /// Proxy: more unconnected sockets, born in the instance's network namespace. → [`Reply::Sockets`].
+    Sockets {
+        /// Which app.
+        app: AppName,
+        /// Which instance.
+        generation: Generation,
+        /// How many (1 to [`MAX_FDS`]).
+        count: u32,
+    },
+    /// Proxy: the instance sent its first response byte (its CPU quota begins). No reply.
+    FirstByte {
+        /// Which app.
+        app: AppName,
+        /// Which instance.
+        generation: Generation,
+    },
+    /// Proxy: what instances did since the last report. No reply.
+    Report {
+        /// One for each instance with activity or requests under way.
+        activity: Vec<Activity>,
+    },
+    /// Proxy: no request of this proxy is or will be on that draining instance. No reply.
+    Quiesced {
+        /// Which app.
+        app: AppName,
+        /// Which instance.
+        generation: Generation,
+    },
+    /// Proxy: connecting to the instance failed though it should be ready. No reply.
+    Suspect {
+        /// Which app.
+        app: AppName,
+        /// Which instance.
+        generation: Generation,
+        /// The error in words.
+        reason: String,
+    },
+    /// Everybody: all apps and records, then changes. → stream of [`Reply::Put`], [`Reply::Removed`], [`Reply::Synced`].
+    Watch {
+        /// A proxy that serves traffic: its `Quiesced` is waited for.
+        serving: bool,
+    },
+    /// CoreAPI, root: put an app in place. → [`Reply::Done`].
+    PutApp {
+        /// The app.
+        app: Box<App>,
+    },
+    /// CoreAPI, root: remove an app and end its instances. → [`Reply::Done`].
+    RemoveApp {
+        /// Which.
+        app: AppName,
+    },
+    /// CoreAPI, root: put a line among the events. No reply.
+    Note {
+        /// For example `config-error`.
+        kind: String,
+        /// About which app, if any.
+        app: Option<AppName>,
+        /// In words.
+        message: String,
+    },
+    /// Root: a transition of the CMDB's state machine. → [`Reply::Applied`].
+    Apply {
+        /// Which app.
+        app: AppName,
+        /// Which transition.
+        transition: Transition,
+    },
+    /// Everybody: what is there. → stream of [`Reply::Status`], then [`Reply::End`].
+    Ps {
+        /// Only this app.
+        app: Option<AppName>,
+    },
+    /// Everybody: events after `since` (0: all that are kept). → stream of [`Reply::Event`], then [`Reply::End`] unless `follow`.
+    Events {
+        /// Sequence number after which to begin.
+        since: u64,
+        /// Go on with new ones.
+        follow: bool,
+    },
+    /// Operator: the last output of an app. → stream of [`Reply::Log`], then [`Reply::End`].
+    Logs {
+        /// Which app.
+        app: AppName,
+        /// Most lines.
+        lines: u32,
+    },
+    /// Operator: end all instances of an app (they wake again on the next request). → [`Reply::Done`] when they are gone.
+    Stop {
+        /// Which app.
+        app: AppName,
+    },
+    /// Operator: replace all instances, the new one first. → [`Reply::Done`] when begun.
+    Restart {
+        /// Which app.
+        app: AppName,
+    },
+    /// Everybody: how the start of an instance went. → [`Reply::WakeTiming`].
+    WakeTiming {
+        /// Which app.
+        app: AppName,
+        /// Which instance.
+        generation: Generation,
+    },
+}
+
+/// What the launcher answers.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reply {
+    /// An instance is ready; its sockets come along.
+    Woken {
+        /// Which instance.
+        generation: Generation,
+        /// On which port it listens.
+        port: u16,
+        /// How it came to be ready.
+        timing: WakeTiming,
+    },
+    /// Sockets come along.
+    Sockets {
+        /// How many.
+        count: u32,
+    },
+    /// Done.
+    Done,
+    /// An app and its record, now or changed.
+    Put {
+        /// The app.
+        app: Arc<App>,
+        /// Its record.
+        record: Arc<AppRecord>,
+    },
+    /// The app is gone.
+    Removed {
+        /// Which.
+        app: AppName,
+    },
+    /// All that was there has been sent.
+    Synced,
+    /// A transition's outcome.
+    Applied {
+        /// What came of it.
+        outcome: Outcome,
+        /// The record after it.
+        record: AppRecord,
+    },
+    /// One app's or instance's line of `ps`.
+    Status(Status),
+    /// One event.
+    Event(Event),
+    /// One line of output.
+    Log(LogLine),
+    /// How a start went.
+    WakeTiming(WakeTiming),
+    /// The stream is complete.
+    End,
+    /// It could not be done.
+    Error(Refusal),
+}
+
+/// Why the launcher did not do what was asked.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Refusal {
+    /// What kind.
+    pub code: RefusalCode,
+    /// In words, fit for an operator; no secrets.
+    pub message: String,
+    /// When it makes sense to try again, ms from now.
+    pub retry_after_ms: Option<u64>,
+}
+
+/// Kinds of [`Refusal`].
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RefusalCode {
+    /// No such app.
+    UnknownApp,
+    /// No such instance (any more).
+    UnknownInstance,
+    /// The app exited, or could not be made or executed, before it listened.
+    StartFailed,
+    /// It did not listen within `start-timeout`.
+    StartTimeout,
+    /// Its starts failed lately: not before `retry_after_ms`.
+    Backoff,
+    /// The host has no room, or the launcher is ending.
+    Busy,
+    /// This peer may not ask that.
+    Forbidden,
+    /// The packet makes no sense, or speaks another version.
+    BadRequest,
+    /// A fault of the launcher or its host; the message says which.
+    Internal,
+}
+
+/// What one instance did, as one proxy saw it.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Activity {
+    /// Which app.
+    pub app: AppName,
+    /// Which instance.
+    pub generation: Generation,
+    /// Requests under way now.
+    pub in_flight: u32,
+    /// Requests begun since the last report.
+    pub requests: u32,
+    /// Mean first-byte time since the last report, µs; 0 when none.
+    pub first_byte_us: u64,
+}
+
+/// How an instance came to be ready.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct WakeTiming {
+    /// When the launcher began, µs since the Unix epoch.
+    pub begun_us: u64,
+    /// From then until it listened, µs.
+    pub total_us: u64,
+    /// The parts in order: `image`, `cgroup`, the sandbox's steps, `app` (exec until listen).
+    pub steps: Vec<Step>,
+    /// Whether the app ran already when the request came (nothing was started).
+    pub warm: bool,
+}
+
+/// One step of a start.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Step {
+    /// Its name.
+    pub name: String,
+    /// µs.
+    pub us: u64,
+}
+
+/// One line of `ps`: an instance, or an app without one.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Status {
+    /// Its app.
+    pub app: AppName,
+    /// Its server-names.
+    pub server_names: Vec<String>,
+    /// Its generation; `None` when the app is stopped.
+    pub generation: Option<Generation>,
+    /// `absent`, `starting`, `ready`, `frozen`, `draining`, `backing-off`.
+    pub state: String,
+    /// Why it is in that state, where there is something to say (the last failure, the reason of a drain).
+    pub reason: String,
+    /// Pid of its first process, as the host sees it.
+    pub pid: Option<i32>,
+    /// Port.
+    pub port: Option<u16>,
+    /// ms since it began.
+    pub age_ms: Option<u64>,
+    /// ms since its last request.
+    pub idle_ms: Option<u64>,
+    /// Requests under way.
+    pub in_flight: u32,
+    /// Requests so far.
+    pub requests: u64,
+    /// CPU used, µs.
+    pub cpu_us: Option<u64>,
+    /// Quota in thousandths of a core that is in force now; `None`: unlimited.
+    pub cpu_limit: Option<u32>,
+    /// Memory charged, bytes.
+    pub memory_bytes: Option<u64>,
+    /// Memory limit, bytes.
+    pub memory_limit: Option<u64>,
+    /// Processes and threads.
+    pub pids: Option<u64>,
+    /// Which image it runs (digest, or folder and time).
+    pub image: String,
+}
+
+/// One event.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Event {
+    /// Rises by one.
+    pub seq: u64,
+    /// ms since the Unix epoch.
+    pub at_unix_ms: u64,
+    /// `wake`, `ready`, `first-byte`, `draining`, `stopped`, `exited`, `start-failed`, `back-off`, `oom`, `config-applied`,
+    /// `config-removed`, `config-error`, `suspect`, `launcher-started`, …
+    pub kind: String,
+    /// About which app.
+    pub app: Option<AppName>,
+    /// About which instance.
+    pub generation: Option<Generation>,
+    /// In words.
+    pub message: String,
+}
+
+/// One line of an app's output.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct LogLine {
+    /// Which instance.
+    pub generation: Generation,
+    /// ms since the Unix epoch.
+    pub at_unix_ms: u64,
+    /// `stdout` or `stderr`.
+    pub stream: String,
+    /// The line without its end; bytes that are not UTF-8 are replaced, long lines cut.
+    pub line: String,
+}
+
+impl Refusal {
+    /// A refusal without a time to try again.
+    #[must_use]
+    pub fn new(code: RefusalCode, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), retry_after_ms: None }
+    }
+}
+
+impl fmt::Display for RefusalCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::UnknownApp => "unknown-app",
+            Self::UnknownInstance => "unknown-instance",
+            Self::StartFailed => "start-failed",
+            Self::StartTimeout => "start-timeout",
+            Self::Backoff => "backoff",
+            Self::Busy => "busy",
+            Self::Forbidden => "forbidden",
+            Self::BadRequest => "bad-request",
+            Self::Internal => "internal",
+        })
+    }
+}
+
+impl Status {
+    /// The state of an app without an instance.
+    pub const ABSENT: &'static str = "absent";
+    /// The state of an app whose starts failed lately.
+    pub const BACKING_OFF: &'static str = "backing-off";
+
+    /// The word for an instance's state.
+    #[must_use]
+    pub fn word(state: State) -> &'static str {
+        state.as_str()
+    }
+}
