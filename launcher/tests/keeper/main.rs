@@ -1,5 +1,11 @@
 //! The spawner and its keeper with real containers, as root.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail anywhere")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    unreachable_pub,
+    reason = "a test may fail anywhere"
+)]
 
 mod lab;
 
@@ -229,5 +235,35 @@ async fn a_hundred_lives_leave_nothing_behind() {
     assert_eq!(children(lab.spawner), 0, "processes");
     assert_eq!(mounts(), mounts_before);
     assert!(lab.cgroups.leftovers().is_empty());
+    lab.close().await;
+}
+
+#[tokio::test]
+async fn nonsense_from_a_daemon_costs_it_the_connection_and_nothing_else() {
+    use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+    let mut lab = Lab::new().await;
+    let running = lab.create(lab.plan(1, SERVE)).await;
+    lab.listening(&running.id).await;
+
+    // A second daemon replaces the first, talks nonsense, and is dropped.
+    let path = lab.dir.path().join("spawner.sock");
+    for nonsense in [&b"{}"[..], b"\xff\xff", b"{\"do\":\"create\"}", &[b'x'; 64 * 1024]] {
+        let flags = SocketFlags::CLOEXEC;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        rustix::net::connect(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        // The first may have come back in between and replaced this one.
+        let _ = rustix::net::send(&socket, nonsense, SendFlags::NOSIGNAL);
+    }
+
+    // The first has come back, with the same spawner; the container has noticed nothing.
+    loop {
+        if let KeeperEvent::SpawnerBack = lab.event().await {
+            break;
+        }
+    }
+    assert!(running.get(80).await.contains("hello"));
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(lab.end(running).await, Exit::Signal(9));
     lab.close().await;
 }
