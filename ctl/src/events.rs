@@ -87,7 +87,10 @@ mod tests {
 
         let line = line(&event);
 
-        assert!(line.ends_with("7  start-failed    blog.712345           exit status 1: no such\\nfile"), "{line}");
+        assert!(
+            line.ends_with("7  start-failed    blog.712345           exit status 1: no such\\nfile"),
+            "{line}"
+        );
         assert!(line.contains(":12.345  "), "{line}");
     }
 }

@@ -83,9 +83,10 @@ impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         match error {
             ClientError::Connect { path, source } => Self::unreachable(&path, "launcher", &source),
-            ClientError::Closed => {
-                Self::NotRunning("the launcher went away before it answered; `fastcontainer ps` tells whether it is back".into())
-            }
+            ClientError::Closed => Self::NotRunning(
+                "the launcher went away before it answered; `fastcontainer ps` tells whether it is back"
+                    .into(),
+            ),
             ClientError::Refused(refusal) => refusal.into(),
             other @ (ClientError::Unexpected(_) | ClientError::Packet(_)) => Self::Failed(other.to_string()),
         }
@@ -126,7 +127,8 @@ mod tests {
         assert_eq!(refused(RefusalCode::UnknownApp, None).code(), 4);
         let gone = ClientError::Connect { path: "/x".into(), source: io::ErrorKind::NotFound.into() };
         assert_eq!(Failure::from(gone).code(), 3);
-        let closed_door = ClientError::Connect { path: "/x".into(), source: io::ErrorKind::PermissionDenied.into() };
+        let closed_door =
+            ClientError::Connect { path: "/x".into(), source: io::ErrorKind::PermissionDenied.into() };
         assert_eq!(Failure::from(closed_door).code(), 2);
         assert_eq!(Failure::ReaderLeft.code(), 0);
     }

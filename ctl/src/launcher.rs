@@ -2,7 +2,11 @@
 
 use std::time::Duration;
 
-use launcher_client::{Client, ClientError, paths::StateDir, wire::{Reply, Request, Status}};
+use launcher_client::{
+    Client, ClientError,
+    paths::StateDir,
+    wire::{Reply, Request, Status},
+};
 
 use crate::{cli::Global, failure::Failure};
 
@@ -18,7 +22,7 @@ pub(crate) async fn connect(global: &Global) -> Result<Client, Failure> {
 pub(crate) async fn list<T: Send>(
     client: &Client,
     request: Request,
-    pick: impl Fn(Reply) -> Option<T> + Send,
+    pick: impl Fn(Reply) -> Option<T> + Send + Sync,
 ) -> Result<Vec<T>, Failure> {
     let mut found = Vec::new();
     let asking = client.stream(request, |reply| {

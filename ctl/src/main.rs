@@ -58,11 +58,12 @@ async fn run(cli: Cli) -> Result<(), Failure> {
 
 fn log_to_stderr(verbose: bool) {
     let default = if verbose { "debug" } else { "info" };
-    let filter =
-        tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| default.into());
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| default.into());
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()))
+        .with_ansi(
+            std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()),
+        )
         .with_target(false)
         .with_env_filter(filter)
         // A terminal that was closed must not bring `up` down in the middle of its cleaning.

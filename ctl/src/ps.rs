@@ -118,7 +118,9 @@ fn row(status: &Status, wide: bool) -> Vec<String> {
         count(status.requests),
         of(
             status.cpu_us.map(text::duration_us),
-            status.generation.and(Some(status.cpu_limit.map_or("∞".to_owned(), |c| Millicores(c).to_string()))),
+            status
+                .generation
+                .and(Some(status.cpu_limit.map_or("∞".to_owned(), |c| Millicores(c).to_string()))),
         ),
         of(
             status.memory_bytes.map(|bytes| Bytes(bytes).to_string()),
@@ -210,7 +212,8 @@ mod tests {
 
     #[test]
     fn wide_shows_the_whole_generation_and_why() {
-        let backing_off = Status { state: Status::BACKING_OFF.into(), reason: "exit status 1\x1b[2J".into(), ..absent() };
+        let backing_off =
+            Status { state: Status::BACKING_OFF.into(), reason: "exit status 1\x1b[2J".into(), ..absent() };
 
         let lines = lines(&[ready(), backing_off], true);
 

@@ -17,7 +17,8 @@ pub(crate) fn lines(titles: &[(&str, Align)], rows: &[Vec<String>]) -> Vec<Strin
             .max()
             .unwrap_or(0)
     };
-    let widths: Vec<usize> = titles.iter().enumerate().map(|(column, (title, _))| width(column, title)).collect();
+    let widths: Vec<usize> =
+        titles.iter().enumerate().map(|(column, (title, _))| width(column, title)).collect();
     let line = |cells: &mut dyn Iterator<Item = &str>| {
         let mut line = String::new();
         for ((cell, (_, align)), width) in cells.zip(titles).zip(&widths) {

@@ -45,7 +45,9 @@ fn tenths(value: u64, unit: u64, name: &str) -> String {
 pub(crate) fn local_time(unix_ms: u64) -> String {
     let at = i64::try_from(unix_ms).ok().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
     match at {
-        Some(at) => at.to_zoned(jiff::tz::TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S.%3f").to_string(),
+        Some(at) => {
+            at.to_zoned_datetime(jiff::tz::TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S.%3f").to_string()
+        }
         None => format!("{unix_ms} ms"),
     }
 }

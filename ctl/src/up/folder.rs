@@ -63,7 +63,8 @@ impl Lock {
                 Err(TryLockError::Error(error)) => return Err(failed(error)),
             }
             // The one before us may have removed the file between our opening and our locking it.
-            let same = fs::metadata(&path).is_ok_and(|now| file.metadata().is_ok_and(|ours| now.ino() == ours.ino()));
+            let same = fs::metadata(&path)
+                .is_ok_and(|now| file.metadata().is_ok_and(|ours| now.ino() == ours.ino()));
             if same {
                 let write = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
                 write.map_err(failed)?;
@@ -118,9 +119,11 @@ pub(crate) fn cgroup_name(root: &Path) -> String {
         return "fastcontainer".to_owned();
     }
     // FNV-1a: stable across versions and machines, unlike the standard library's hasher.
-    let hash = root.as_os_str().as_encoded_bytes().iter().fold(0x811c_9dc5_u32, |hash, byte| {
-        (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
-    });
+    let hash = root
+        .as_os_str()
+        .as_encoded_bytes()
+        .iter()
+        .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
     format!("fastcontainer-{hash:08x}")
 }
 

@@ -42,11 +42,14 @@ const FORMER: Duration = Duration::from_secs(20);
 /// Runs the command.
 pub(crate) async fn run(global: &Global, options: &cli::Up, out: &mut Output) -> Result<(), Failure> {
     if !nix::unistd::geteuid().is_root() {
-        return Err(Failure::usage("`up` must be run as root, because it makes containers: sudo fastcontainer up"));
+        return Err(Failure::usage(
+            "`up` must be run as root, because it makes containers: sudo fastcontainer up",
+        ));
     }
     let programs = [find(LAUNCHER)?, find(COREAPI)?, find(PROXY)?];
-    let conf = std::fs::canonicalize(&options.conf)
-        .map_err(|error| Failure::failed(format!("the folder {} cannot be read: {error}", options.conf.display())))?;
+    let conf = std::fs::canonicalize(&options.conf).map_err(|error| {
+        Failure::failed(format!("the folder {} cannot be read: {error}", options.conf.display()))
+    })?;
     let vhosts = check::load_and_complain(&conf)?;
     let mut signals = Signals::listen()?;
 
@@ -110,7 +113,9 @@ async fn start(
     let client = unless_it_ends(kept, wait_for_launcher(&socket)).await??;
 
     let args = common(&[&"--conf", &conf]);
-    kept.push(Service { name: COREAPI, program: coreapi.clone(), args, grace: Duration::from_secs(5) }.keep());
+    kept.push(
+        Service { name: COREAPI, program: coreapi.clone(), args, grace: Duration::from_secs(5) }.keep(),
+    );
     let mut args = common(&[]);
     for address in &options.listen {
         args.extend(["--listen".into(), address.to_string().into()]);
@@ -324,7 +329,9 @@ fn find(name: &str) -> Result<PathBuf, Failure> {
         .map(|dir| dir.join(name))
         .find(|file| file.is_file())
         .ok_or_else(|| {
-            Failure::failed(format!("{name} is neither beside this program nor on PATH; build it with `cargo build`"))
+            Failure::failed(format!(
+                "{name} is neither beside this program nor on PATH; build it with `cargo build`"
+            ))
         })
 }
 

@@ -97,7 +97,11 @@ impl Service {
             if begun.elapsed() >= SOUND {
                 pause = FIRST_PAUSE;
             }
-            tracing::error!("{} (pid {pid}) {how}; it is started again in {:.1} s", self.name, pause.as_secs_f64());
+            tracing::error!(
+                "{} (pid {pid}) {how}; it is started again in {:.1} s",
+                self.name,
+                pause.as_secs_f64()
+            );
             ended.send_if_modified(|first| first.is_none() && first.replace(how.clone()).is_none());
             let until = Instant::now() + pause;
             loop {

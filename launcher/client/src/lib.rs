@@ -3,6 +3,7 @@
 //! `SOCK_SEQPACKET`, one bounded, versioned JSON message per packet; descriptors travel as ancillary data (DESIGN.md §6).
 #![forbid(unsafe_code)]
 
+pub mod admin;
 mod client;
 pub mod packet;
 pub mod paths;
