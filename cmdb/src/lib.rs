@@ -4,6 +4,8 @@
 #![forbid(unsafe_code)]
 
 pub mod app;
+pub mod cache;
+pub mod embedded;
 pub mod instance;
 pub mod store;
 pub mod transition;

@@ -1,4 +1,19 @@
 //! The FastContainer launcher: a root daemon that creates, limits, watches and ends containers.
 #![deny(unsafe_code)]
 
+pub mod api;
+mod asyncfd;
+pub mod cgroup;
+mod clock;
+pub mod daemon;
+pub mod events;
+pub mod host;
+pub mod image;
+pub mod instance;
+pub mod keeper;
+pub mod network;
+pub mod output;
+pub mod ready;
 pub mod sandbox;
+pub mod spawner;
+pub mod supervisor;

@@ -1,2 +1,90 @@
-//! Placeholder.
-fn main() {}
+//! `fastcontainer-launcher`: the daemon, and with `spawner` the small process that makes containers.
+#![forbid(unsafe_code)]
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use launcher::{api::Identities, daemon};
+use launcher_client::paths::{COREAPI_UID, DEFAULT_STATE, GROUP_ID, PROXY_UID, StateDir};
+
+/// Creates, limits, watches and ends containers. Runs as root; `fastcontainer up` starts it.
+#[derive(Debug, Parser)]
+#[command(name = "fastcontainer-launcher", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Option<Part>,
+    /// Where everything is kept.
+    #[arg(long, env = "FASTCONTAINER_STATE", default_value = DEFAULT_STATE)]
+    state: PathBuf,
+    /// Name of the parent of all cgroups; each launcher on a host needs its own.
+    #[arg(long, default_value = "fastcontainer")]
+    cgroup_parent: String,
+    /// Shared folder from which volumes come.
+    #[arg(long)]
+    datapool: Option<PathBuf>,
+    /// Group that may reach the socket.
+    #[arg(long, default_value_t = GROUP_ID)]
+    gid: u32,
+    /// User of the CoreAPI.
+    #[arg(long, default_value_t = COREAPI_UID)]
+    coreapi_uid: u32,
+    /// User of the proxy.
+    #[arg(long, default_value_t = PROXY_UID)]
+    proxy_uid: u32,
+    /// End, with every container, when the process that started this one ends.
+    #[arg(long)]
+    die_with_parent: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Part {
+    /// Makes containers and outlives the daemon that started it. Not for people.
+    #[command(hide = true)]
+    Spawner,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    if matches!(arguments.command, Some(Part::Spawner)) {
+        return launcher::spawner::run();
+    }
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    match start(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(arguments: Arguments) -> anyhow::Result<()> {
+    anyhow::ensure!(nix::unistd::geteuid().is_root(), "the launcher makes containers and must run as root");
+    if arguments.die_with_parent {
+        let parent = nix::unistd::getppid();
+        nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGTERM)?;
+        // The parent may have ended before the request took effect.
+        anyhow::ensure!(
+            parent.as_raw() != 1 && nix::unistd::getppid() == parent,
+            "the process that started the launcher has ended"
+        );
+    }
+    let config = daemon::Config {
+        state: StateDir::new(arguments.state),
+        cgroup_parent: arguments.cgroup_parent,
+        gid: arguments.gid,
+        identities: Identities { coreapi: arguments.coreapi_uid, proxy: arguments.proxy_uid },
+        datapool: arguments.datapool,
+        exe: std::env::current_exe()?,
+    };
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?
+        .block_on(daemon::run(config))
+}

@@ -1,5 +1,28 @@
 //! Making one container: namespaces, root, mounts, cgroup, network, seccomp, in the order of execution.
+//!
+//! [`start`] is called by the spawner, a small single-threaded process. It opens what must be opened in the host's
+//! own mount namespace, clones the container's first process and returns at once; [`child`] is that process's way to
+//! exec. What happens there arrives as [`Report`]s on [`Started::report`].
+#![allow(unsafe_code)]
 
+mod child;
+mod exec;
+mod files;
+mod kernelfs;
+mod mount;
+pub mod notify;
 mod plan;
+mod process;
+mod report;
+mod root;
+mod seccomp;
+mod start;
+mod step;
+mod sys;
+mod user;
+mod userns;
 
 pub use plan::{ContainerId, Plan, PlanFds, StepError, StepTiming, VolumePlan};
+pub use report::Report;
+pub use start::{Started, start};
+pub use userns::{IDS, UserNs};

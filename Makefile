@@ -1,0 +1,14 @@
+.PHONY: help up test images build lint clean
+help:   ; @sed -n 's/^## //p' Makefile
+## make up      install what is missing, build, run FastContainer with conf.d/ (root; LISTEN=host:port)
+up:     ; @scripts/up
+## make test    install what is missing, lint, build, run every test (root)
+test:   ; @scripts/test
+## make images  build the images of the demonstration and test applications
+images: ; @scripts/images
+## make build   build the programs for development
+build:  ; @scripts/build
+## make lint    formatting, clippy, licences
+lint:   ; @scripts/lint
+## make clean   remove everything that was built
+clean:  ; @rm -rf target images

@@ -1,0 +1,104 @@
+//! The last-known-good file: what a proxy routes by when it starts while the CMDB cannot be reached.
+//!
+//! It holds apps only. Which instances run is the launcher's to say; a file cannot know.
+
+use std::{
+    fs,
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use crate::app::App;
+
+/// First line: this word, the schema, the checksum and the length of what follows.
+const MAGIC: &str = "fastcontainer-last-known-good";
+const SCHEMA: u32 = 1;
+
+/// Where the file is.
+#[derive(Clone, Debug)]
+pub struct LastKnownGood {
+    path: PathBuf,
+}
+
+/// Why the file cannot be written or used.
+#[derive(Debug, thiserror::Error)]
+pub enum LastKnownGoodError {
+    /// The file system refused.
+    #[error("{path}: {source}")]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is damaged, or of another version.
+    #[error("{path} is damaged or of another version ({what}); it is ignored")]
+    Damaged {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        what: &'static str,
+    },
+}
+
+impl LastKnownGood {
+    /// The file at `path`.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    /// Replaces the file in one step, and makes that durable. Blocks: not for an async thread.
+    ///
+    /// # Errors
+    /// The file system's; the old file is then still whole.
+    pub fn write(&self, apps: &[Arc<App>]) -> Result<(), LastKnownGoodError> {
+        let body = serde_json::to_vec(apps).map_err(|e| self.io(io::Error::other(e)))?;
+        let temporary = self.path.with_extension("new");
+        let write = || -> io::Result<()> {
+            let mut file = fs::File::create(&temporary)?;
+            writeln!(file, "{MAGIC} {SCHEMA} {:016x} {}", checksum(&body), body.len())?;
+            file.write_all(&body)?;
+            file.sync_data()?;
+            fs::rename(&temporary, &self.path)?;
+            // The name is durable only when its directory is.
+            fs::File::open(self.path.parent().unwrap_or(Path::new(".")))?.sync_all()
+        };
+        write().map_err(|e| self.io(e))
+    }
+
+    /// What was written last; nothing when there is no file.
+    ///
+    /// # Errors
+    /// [`LastKnownGoodError::Damaged`] for anything that was not written by [`LastKnownGood::write`].
+    pub fn read(&self) -> Result<Vec<Arc<App>>, LastKnownGoodError> {
+        let bytes = match fs::read(&self.path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(self.io(error)),
+        };
+        let end = bytes.iter().position(|b| *b == b'\n').ok_or_else(|| self.damaged("no first line"))?;
+        let (header, body) = (&bytes[..end], &bytes[end + 1..]);
+        let expected = format!("{MAGIC} {SCHEMA} {:016x} {}", checksum(body), body.len());
+        if header != expected.as_bytes() {
+            return Err(self.damaged("the checksum does not match"));
+        }
+        serde_json::from_slice(body).map_err(|_| self.damaged("it does not hold apps"))
+    }
+
+    fn io(&self, source: io::Error) -> LastKnownGoodError {
+        LastKnownGoodError::Io { path: self.path.clone(), source }
+    }
+
+    fn damaged(&self, what: &'static str) -> LastKnownGoodError {
+        LastKnownGoodError::Damaged { path: self.path.clone(), what }
+    }
+}
+
+/// FNV-1a, 64 bits: against torn and rotten files, not against forgers (the folder is the proxy's own).
+fn checksum(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+}

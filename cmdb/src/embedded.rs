@@ -1,0 +1,233 @@
+//! The CMDB of one host: in memory, the configuration journalled to a redb file, owned by the launcher.
+//!
+//! Durable are the apps and the *generation ceiling*: a number above every generation that was ever given out. It is
+//! kept some minutes ahead of the clock, so that a wake never waits for the disk, and it is the floor of all
+//! generations after the next start: none is used twice, even when the daemon is killed and the clock is set back.
+//! Instances are not durable: after a start the launcher says what runs (law 3).
+
+mod journal;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use async_trait::async_trait;
+use tokio::sync::mpsc;
+
+use crate::{
+    app::{App, AppName, HostPattern},
+    instance::Generation,
+    store::{Change, Store, StoreError},
+    transition::{AppRecord, Outcome, Transition},
+};
+use journal::Journal;
+
+/// How far the ceiling is kept ahead of the clock, in ms.
+const CEILING_AHEAD_MS: u64 = 600_000;
+/// It is raised when it is less far ahead than this, in ms.
+const CEILING_LOW_MS: u64 = 300_000;
+/// Changes that may wait for a slow watcher, beyond the apps that there are; then its watch is cut.
+const WATCHER_LAG: usize = 4_096;
+
+/// See the module.
+#[derive(Debug)]
+pub struct EmbeddedStore {
+    inner: Mutex<Inner>,
+    journal: Journal,
+    /// One change of the configuration at a time: memory must follow the journal's order.
+    configuring: tokio::sync::Mutex<()>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    apps: BTreeMap<AppName, Entry>,
+    owners: HashMap<HostPattern, AppName>,
+    watchers: Vec<mpsc::Sender<Change>>,
+    /// What the journal holds, or is about to hold.
+    ceiling: u64,
+    /// Floor of every generation: the ceiling as it was found.
+    floor: u64,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    app: Arc<App>,
+    record: Arc<AppRecord>,
+}
+
+impl EmbeddedStore {
+    /// Opens the journal at `path`, or makes it. One that cannot be read is moved aside (never deleted) and an empty
+    /// one begun: the CoreAPI brings the configuration back from `conf.d`.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`] when another process has it open or the file system refuses.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let (journal, found) = Journal::open(path)?;
+        let mut inner = Inner { ceiling: found.ceiling, floor: found.ceiling, ..Inner::default() };
+        for (name, stored) in found.apps {
+            match serde_json::from_slice::<App>(&stored) {
+                Ok(app) => {
+                    if let Err(error) = inner.put(Arc::new(app)) {
+                        tracing::warn!(app = name, %error, "an app of the journal is left out");
+                    }
+                }
+                // One bad record is one app's trouble; the CoreAPI puts it anew.
+                Err(error) => {
+                    tracing::warn!(app = name, %error, "an app of the journal cannot be read and is left out")
+                }
+            }
+        }
+        let store = Self { inner: Mutex::new(inner), journal, configuring: tokio::sync::Mutex::default() };
+        // Before the first generation is given out, for nothing above the ceiling may be.
+        let ceiling = store.lock().ceiling.max(now_ms()) + CEILING_AHEAD_MS;
+        store.journal.raise_ceiling_now(ceiling)?;
+        store.lock().ceiling = ceiling;
+        Ok(store)
+    }
+
+    /// The app and its record.
+    #[must_use]
+    pub fn get(&self, app: &AppName) -> Option<(Arc<App>, Arc<AppRecord>)> {
+        let inner = self.lock();
+        let entry = inner.apps.get(app)?;
+        Some((Arc::clone(&entry.app), Arc::clone(&entry.record)))
+    }
+
+    /// Every app and its record, by name.
+    #[must_use]
+    pub fn list(&self) -> Vec<(Arc<App>, Arc<AppRecord>)> {
+        self.lock().apps.values().map(|e| (Arc::clone(&e.app), Arc::clone(&e.record))).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Poisoned by a panic between two map operations at worst: every entry is whole.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Raises the ceiling in the background when it comes near; at once, and durably, in the odd case that a
+    /// generation reaches it (the clock jumped ahead).
+    fn mind_ceiling(&self, inner: &mut Inner, generation: u64, now_ms: u64) -> Result<(), StoreError> {
+        let highest = generation.max(now_ms);
+        if highest >= inner.ceiling {
+            let ceiling = highest + CEILING_AHEAD_MS;
+            self.journal.raise_ceiling_now(ceiling)?;
+            inner.ceiling = ceiling;
+        } else if inner.ceiling - highest < CEILING_LOW_MS {
+            let ceiling = highest + CEILING_AHEAD_MS;
+            // Until it is durable the old ceiling holds, and nothing above that has been given out.
+            self.journal.raise_ceiling_soon(ceiling);
+        }
+        inner.ceiling = inner.ceiling.max(self.journal.ceiling());
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Store for EmbeddedStore {
+    async fn apply(&self, app: &AppName, transition: Transition) -> Result<(Outcome, AppRecord), StoreError> {
+        let now_ms = now_ms();
+        let mut inner = self.lock();
+        let floor = inner.floor;
+        let Some(entry) = inner.apps.get(app) else { return Err(StoreError::UnknownApp(app.clone())) };
+        let mut record = AppRecord::clone(&entry.record);
+        // The floor is applied here and not at the start, so that a record that is new has it too.
+        record.generation = record.generation.max(Generation(floor));
+        let outcome = record.apply(&transition, now_ms);
+        if record.rev != entry.record.rev {
+            self.mind_ceiling(&mut inner, record.generation.0, now_ms)?;
+            inner.set_record(app, Arc::new(record.clone()));
+        }
+        Ok((outcome, record))
+    }
+
+    async fn put_app(&self, app: App) -> Result<(), StoreError> {
+        let _one_at_a_time = self.configuring.lock().await;
+        let app = Arc::new(app);
+        self.lock().check_names(&app)?;
+        let stored = serde_json::to_vec(&*app)
+            .map_err(|e| StoreError::Corrupt { app: app.name.to_string(), reason: e.to_string() })?;
+        self.journal.put(app.name.to_string(), stored).await?;
+        self.lock().put(app)
+    }
+
+    async fn remove_app(&self, app: &AppName) -> Result<(), StoreError> {
+        let _one_at_a_time = self.configuring.lock().await;
+        self.journal.remove(app.to_string()).await?;
+        self.lock().remove(app);
+        Ok(())
+    }
+
+    async fn watch(&self) -> Result<mpsc::Receiver<Change>, StoreError> {
+        let mut inner = self.lock();
+        let (sender, receiver) = mpsc::channel(inner.apps.len() + WATCHER_LAG);
+        // All under the lock: no change can come between the snapshot and what follows it.
+        for entry in inner.apps.values() {
+            let _ = sender.try_send(entry.change());
+        }
+        let _ = sender.try_send(Change::Synced);
+        inner.watchers.push(sender);
+        Ok(receiver)
+    }
+}
+
+impl Inner {
+    fn check_names(&self, app: &App) -> Result<(), StoreError> {
+        for name in &app.server_names {
+            if let Some(owner) = self.owners.get(name).filter(|owner| **owner != app.name) {
+                let (app, owner) = (app.name.clone(), owner.clone());
+                return Err(StoreError::DuplicateName { name: name.to_string(), app, owner });
+            }
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, app: Arc<App>) -> Result<(), StoreError> {
+        self.check_names(&app)?;
+        self.owners.retain(|_, owner| *owner != app.name);
+        for name in &app.server_names {
+            self.owners.insert(name.clone(), app.name.clone());
+        }
+        let record = self.apps.get(&app.name).map(|e| Arc::clone(&e.record)).unwrap_or_default();
+        let entry = Entry { app: Arc::clone(&app), record };
+        self.publish(entry.change());
+        self.apps.insert(app.name.clone(), entry);
+        Ok(())
+    }
+
+    fn remove(&mut self, app: &AppName) {
+        if let Some(entry) = self.apps.remove(app) {
+            self.owners.retain(|_, owner| *owner != *app);
+            // If it comes back under this name its generations go on above those that it had.
+            self.floor = self.floor.max(entry.record.generation.0);
+            self.publish(Change::Removed(app.clone()));
+        }
+    }
+
+    fn set_record(&mut self, app: &AppName, record: Arc<AppRecord>) {
+        if let Some(entry) = self.apps.get_mut(app) {
+            entry.record = record;
+            let change = entry.change();
+            self.publish(change);
+        }
+    }
+
+    /// A watcher that has fallen too far behind is cut: it begins again, and nobody waits for it.
+    fn publish(&mut self, change: Change) {
+        self.watchers.retain(|watcher| watcher.try_send(change.clone()).is_ok());
+    }
+}
+
+impl Entry {
+    fn change(&self) -> Change {
+        Change::Put { app: Arc::clone(&self.app), record: Arc::clone(&self.record) }
+    }
+}
+
+fn now_ms() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}

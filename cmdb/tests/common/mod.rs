@@ -1,0 +1,49 @@
+//! An app like those that tests need.
+#![allow(dead_code, reason = "each test uses its own part")]
+
+use std::{collections::BTreeMap, time::Duration};
+
+use cmdb::{
+    App,
+    app::{Container, Hold, Lifecycle, Resources, Scale},
+    units::Bytes,
+};
+
+pub fn app(name: &str, host: &str) -> App {
+    App {
+        name: name.parse().unwrap(),
+        server_names: vec![host.parse().unwrap()],
+        container: Container {
+            image: "dir:/srv/images/hello".into(),
+            command: vec!["/hello".into()],
+            port: Some(8080),
+            user: String::new(),
+            workdir: "/".into(),
+            env: BTreeMap::new(),
+        },
+        volumes: Vec::new(),
+        resources: Resources {
+            cpu: None,
+            cpu_max: None,
+            memory: Bytes(1 << 28),
+            pids: 64,
+            disk: Bytes(1 << 28),
+        },
+        lifecycle: Lifecycle {
+            start_timeout: Duration::from_secs(20),
+            freeze_after: None,
+            idle_timeout: None,
+            lifetime: None,
+            drain_timeout: Duration::from_secs(30),
+            stop_timeout: Duration::from_secs(10),
+        },
+        scale: Scale {
+            min: 0,
+            max: 2,
+            response_time: None,
+            concurrency: None,
+            pick: cmdb::app::Pick::Random,
+        },
+        hold: Hold { queue: 10, timeout: Duration::from_secs(30), page: false },
+    }
+}

@@ -1,0 +1,295 @@
+//! The answers to what peers ask.
+
+use std::os::fd::OwnedFd;
+
+use cmdb::{AppName, Change, Generation, Store, StoreError};
+use launcher_client::wire::{Event, MAX_FDS, Refusal, RefusalCode, Reply, Request};
+use tokio::sync::{
+    broadcast::{self, error::RecvError},
+    oneshot,
+};
+
+use super::Peer;
+use crate::supervisor::{Awake, Message};
+
+impl Peer {
+    /// Answers one request; replies go out as they come about.
+    pub(super) async fn answer(&self, id: u64, request: Request) {
+        let answer = match request {
+            Request::Wake { app, sockets } => self.wake(&app, sockets).await,
+            Request::Sockets { app, generation, count } => self.sockets(&app, generation, count).await,
+            Request::Watch { serving } => return self.watch(id, serving).await,
+            Request::PutApp { app } => self.put_app(*app).await.map(without_fds),
+            Request::RemoveApp { app } => self.remove_app(&app).await.map(without_fds),
+            Request::Apply { app, transition } => match self.host.store.apply(&app, transition).await {
+                Ok((outcome, record)) => Ok(without_fds(Reply::Applied { outcome, record })),
+                Err(error) => Err(store_refusal(&error)),
+            },
+            Request::Ps { app } => self.ps(id, app).await.map(without_fds),
+            Request::Events { since, follow } => return self.events(id, since, follow).await,
+            Request::Logs { app, lines } => self.logs(id, &app, lines).await.map(without_fds),
+            Request::Stop { app } => self.stop(&app).await.map(without_fds),
+            Request::Restart { app } => self.restart(&app).map(without_fds),
+            Request::WakeTiming { app, generation } => self.timing(&app, generation).await.map(without_fds),
+            // Dealt with by `take_note`.
+            Request::FirstByte { .. }
+            | Request::Report { .. }
+            | Request::Quiesced { .. }
+            | Request::Suspect { .. }
+            | Request::Note { .. } => return,
+        };
+        // A peer that has gone needs no answer.
+        let _ = match answer {
+            Ok((reply, fds)) => self.reply(id, reply, fds).await,
+            Err(refusal) => self.reply(id, Reply::Error(refusal), Vec::new()).await,
+        };
+    }
+
+    async fn wake(&self, app: &AppName, sockets: u32) -> Result<(Reply, Vec<OwnedFd>), Refusal> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(app, Message::Wake(reply))?;
+        let Awake { live, timing } = answer.await.unwrap_or_else(|_| Err(gone(app)))?;
+        let sockets = live.sockets.take(count(sockets)).await.map_err(|e| no_sockets(&e))?;
+        Ok((Reply::Woken { generation: live.id.generation, port: live.port, timing }, sockets))
+    }
+
+    async fn sockets(
+        &self,
+        app: &AppName,
+        generation: Generation,
+        wanted: u32,
+    ) -> Result<(Reply, Vec<OwnedFd>), Refusal> {
+        let Some(live) = self.host.live(app, generation) else {
+            let message = format!("{app}.{generation} does not run");
+            return Err(Refusal::new(RefusalCode::UnknownInstance, message));
+        };
+        let sockets = live.sockets.take(count(wanted)).await.map_err(|e| no_sockets(&e))?;
+        Ok((Reply::Sockets { count: u32::try_from(sockets.len()).unwrap_or(0) }, sockets))
+    }
+
+    async fn watch(&self, id: u64, serving: bool) {
+        // Counted before the watch begins: a drain that starts in between waits for this proxy, which then sees it.
+        if serving {
+            let watcher = *self.watcher.get_or_init(|| self.host.watchers.add());
+            for supervisor in self.host.supervisors() {
+                let _ = supervisor.send(Message::WatcherCame(watcher));
+            }
+        }
+        let mut changes = match self.host.store.watch().await {
+            Ok(changes) => changes,
+            Err(error) => {
+                let _ = self.reply(id, Reply::Error(store_refusal(&error)), Vec::new()).await;
+                return;
+            }
+        };
+        loop {
+            let change = tokio::select! {
+                change = changes.recv() => change,
+                () = self.out.closed() => return,
+            };
+            let reply = match change {
+                Some(Change::Put { app, record }) => Reply::Put { app, record },
+                Some(Change::Removed(app)) => Reply::Removed { app },
+                Some(Change::Synced) => Reply::Synced,
+                None => Reply::Error(Refusal::new(
+                    RefusalCode::Busy,
+                    "the watch fell too far behind; begin again",
+                )),
+            };
+            let last = matches!(reply, Reply::Error(_));
+            if self.reply(id, reply, Vec::new()).await.is_err() || last {
+                return;
+            }
+        }
+    }
+
+    async fn put_app(&self, app: cmdb::App) -> Result<Reply, Refusal> {
+        let name = app.name.clone();
+        let wants_instances = app.scale.min > 0;
+        self.host.store.put_app(app).await.map_err(|e| store_refusal(&e))?;
+        self.host.events.emit(
+            "config-applied",
+            Some(&name),
+            None,
+            format!("the configuration of {name} is in force"),
+        );
+        match self.host.running_supervisor(&name) {
+            Some(supervisor) => {
+                if let Some((spec, _)) = self.host.store.get(&name) {
+                    let _ = supervisor.send(Message::Spec(spec));
+                }
+            }
+            None if wants_instances => drop(self.host.supervisor(&name)),
+            None => {
+                // Nobody supervises it, so nobody else forgets its back-off.
+                drop(self.host.store.apply(&name, cmdb::Transition::ResetBackoff).await);
+            }
+        }
+        Ok(Reply::Done)
+    }
+
+    async fn remove_app(&self, app: &AppName) -> Result<Reply, Refusal> {
+        // The supervisor drains through the store, so it must hear of it while the app is still there: proxies then
+        // see the instances drain, and only then the app go.
+        if let Some(supervisor) = self.host.running_supervisor(app) {
+            let _ = supervisor.send(Message::Removed);
+            let (reply, drained) = oneshot::channel();
+            let _ = supervisor.send(Message::Status(reply));
+            let _ = drained.await;
+        }
+        self.host.store.remove_app(app).await.map_err(|e| store_refusal(&e))?;
+        self.host.events.emit("config-removed", Some(app), None, format!("{app} is not configured any more"));
+        Ok(Reply::Done)
+    }
+
+    async fn ps(&self, id: u64, only: Option<AppName>) -> Result<Reply, Refusal> {
+        let apps = self.host.store.list();
+        if let Some(app) = only.as_ref().filter(|app| !apps.iter().any(|(a, _)| a.name == **app)) {
+            return Err(unknown(app));
+        }
+        for (app, record) in apps {
+            if only.as_ref().is_some_and(|only| *only != app.name) {
+                continue;
+            }
+            let lines = match self.host.running_supervisor(&app.name) {
+                Some(supervisor) => {
+                    let (reply, lines) = oneshot::channel();
+                    let _ = supervisor.send(Message::Status(reply));
+                    lines.await.unwrap_or_default()
+                }
+                None => vec![crate::supervisor::absent(&app, Some(&record))],
+            };
+            for line in lines {
+                self.send(id, Reply::Status(line)).await?;
+            }
+        }
+        Ok(Reply::End)
+    }
+
+    async fn events(&self, id: u64, since: u64, follow: bool) {
+        let (kept, live) = self.host.events.since(since);
+        for event in kept {
+            if self.reply(id, Reply::Event(event), Vec::new()).await.is_err() {
+                return;
+            }
+        }
+        if follow {
+            self.follow_events(id, live).await;
+        }
+        let _ = self.reply(id, Reply::End, Vec::new()).await;
+    }
+
+    /// Until the peer goes. One that lags misses some: their numbers tell.
+    async fn follow_events(&self, id: u64, mut live: broadcast::Receiver<Event>) {
+        loop {
+            let event = tokio::select! {
+                event = live.recv() => event,
+                () = self.out.closed() => return,
+            };
+            match event {
+                Ok(event) => {
+                    if self.reply(id, Reply::Event(event), Vec::new()).await.is_err() {
+                        return;
+                    }
+                }
+                Err(RecvError::Lagged(_)) => {}
+                Err(RecvError::Closed) => return,
+            }
+        }
+    }
+
+    async fn logs(&self, id: u64, app: &AppName, lines: u32) -> Result<Reply, Refusal> {
+        let Some(supervisor) = self.host.running_supervisor(app) else {
+            // Configured but never started: no output, and no error either.
+            return if self.host.store.get(app).is_some() { Ok(Reply::End) } else { Err(unknown(app)) };
+        };
+        let (reply, kept) = oneshot::channel();
+        let _ = supervisor.send(Message::Logs(count_lines(lines), reply));
+        for line in kept.await.unwrap_or_default() {
+            self.send(id, Reply::Log(line)).await?;
+        }
+        Ok(Reply::End)
+    }
+
+    async fn stop(&self, app: &AppName) -> Result<Reply, Refusal> {
+        if self.host.store.get(app).is_none() {
+            return Err(unknown(app));
+        }
+        if let Some(supervisor) = self.host.running_supervisor(app) {
+            let (reply, done) = oneshot::channel();
+            let _ = supervisor.send(Message::Stop(reply));
+            // A supervisor that ended meanwhile has no instances left.
+            let _ = done.await;
+        }
+        Ok(Reply::Done)
+    }
+
+    fn restart(&self, app: &AppName) -> Result<Reply, Refusal> {
+        if self.host.store.get(app).is_none() {
+            return Err(unknown(app));
+        }
+        if let Some(supervisor) = self.host.running_supervisor(app) {
+            let _ = supervisor.send(Message::Restart);
+        }
+        Ok(Reply::Done)
+    }
+
+    async fn timing(&self, app: &AppName, generation: Generation) -> Result<Reply, Refusal> {
+        let not_known = || {
+            Refusal::new(
+                RefusalCode::UnknownInstance,
+                format!("nothing is known of {app}.{generation} any more"),
+            )
+        };
+        let supervisor = self.host.running_supervisor(app).ok_or_else(not_known)?;
+        let (reply, timing) = oneshot::channel();
+        let _ = supervisor.send(Message::Timing(generation, reply));
+        timing.await.ok().flatten().map(Reply::WakeTiming).ok_or_else(not_known)
+    }
+
+    fn ask(&self, app: &AppName, message: Message) -> Result<(), Refusal> {
+        self.host.supervisor(app)?.send(message).map_err(|_| gone(app))
+    }
+
+    async fn send(&self, id: u64, reply: Reply) -> Result<(), Refusal> {
+        self.reply(id, reply, Vec::new())
+            .await
+            .map_err(|()| Refusal::new(RefusalCode::Busy, "the peer has gone"))
+    }
+}
+
+fn without_fds(reply: Reply) -> (Reply, Vec<OwnedFd>) {
+    (reply, Vec::new())
+}
+
+fn count(wanted: u32) -> usize {
+    usize::try_from(wanted).unwrap_or(MAX_FDS).min(MAX_FDS)
+}
+
+fn count_lines(wanted: u32) -> usize {
+    usize::try_from(wanted).unwrap_or(usize::MAX)
+}
+
+fn no_sockets(error: &std::io::Error) -> Refusal {
+    Refusal::new(
+        RefusalCode::Internal,
+        format!("no sockets could be made in the instance's network: {error}"),
+    )
+}
+
+fn unknown(app: &AppName) -> Refusal {
+    Refusal::new(RefusalCode::UnknownApp, format!("no app is called \"{app}\""))
+}
+
+fn gone(app: &AppName) -> Refusal {
+    Refusal::new(RefusalCode::Busy, format!("{app} is ending"))
+}
+
+fn store_refusal(error: &StoreError) -> Refusal {
+    let code = match error {
+        StoreError::UnknownApp(_) => RefusalCode::UnknownApp,
+        StoreError::DuplicateName { .. } => RefusalCode::BadRequest,
+        StoreError::Unavailable(_) | StoreError::Corrupt { .. } => RefusalCode::Internal,
+    };
+    Refusal::new(code, error.to_string())
+}

@@ -1,0 +1,517 @@
+//! The groups of one container, in all hierarchies, as one thing.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::layout::{Hierarchy, Layout, Version};
+use super::{CgroupError, CpuQuota, files, remove_dir};
+
+/// How long the removal of a group waits for its last task to be buried.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// v1 has no atomic kill: a fork can slip between list and signal so many times.
+const KILL_ROUNDS: usize = 20;
+
+/// The groups of one container. Dropping it leaves them; [`Group::remove`] removes them.
+#[derive(Debug)]
+pub struct Group {
+    name: String,
+    directories: Vec<Directory>,
+    roles: Roles,
+    /// The quota as last written here, to find the right order for the next; v1 needs two writes.
+    cpu: Mutex<Option<CpuQuota>>,
+    cpu_stat: OnceLock<File>,
+    quarantine: Arc<Mutex<Vec<PathBuf>>>,
+}
+
+#[derive(Debug)]
+struct Directory {
+    path: PathBuf,
+    fd: OwnedFd,
+    version: Version,
+}
+
+/// Which of the directories does what (indices).
+#[derive(Clone, Copy, Debug)]
+struct Roles {
+    cpu: Option<usize>,
+    memory: Option<usize>,
+    pids: Option<usize>,
+    cpuacct: Option<usize>,
+    freezer: Option<usize>,
+    unified: Option<usize>,
+}
+
+/// CPU time used and denied, since the group was made.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct CpuStat {
+    /// Microseconds of CPU time used.
+    pub usage_us: u64,
+    /// Periods in which the group was active and had a quota.
+    pub nr_periods: u64,
+    /// Those of them in which it was throttled.
+    pub nr_throttled: u64,
+    /// Microseconds for which its tasks were throttled, summed.
+    pub throttled_us: u64,
+}
+
+/// Memory in use, in bytes.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct MemoryStat {
+    /// Now.
+    pub current: u64,
+    /// The limit, if there is one.
+    pub limit: Option<u64>,
+    /// The most there has been, where the kernel remembers it.
+    pub peak: Option<u64>,
+    /// Processes killed because the limit was reached: tells "out of memory" from a crash.
+    pub oom_kills: u64,
+}
+
+impl Group {
+    pub(super) fn create(
+        layout: &Layout,
+        parent: &str,
+        name: &str,
+        quarantine: Arc<Mutex<Vec<PathBuf>>>,
+    ) -> Result<Group, CgroupError> {
+        let paths: Vec<PathBuf> = layout.mounts().map(|mount| mount.join(parent).join(name)).collect();
+        for (made, path) in paths.iter().enumerate() {
+            if let Err(error) = std::fs::create_dir(path) {
+                for path in &paths[..made] {
+                    let _ = std::fs::remove_dir(path);
+                }
+                return Err(CgroupError::io(path, "make the group", error));
+            }
+        }
+        Group::open(layout, parent, name, quarantine).inspect_err(|_| {
+            for path in &paths {
+                let _ = std::fs::remove_dir(path);
+            }
+        })
+    }
+
+    pub(super) fn open(
+        layout: &Layout,
+        parent: &str,
+        name: &str,
+        quarantine: Arc<Mutex<Vec<PathBuf>>>,
+    ) -> Result<Group, CgroupError> {
+        Group::open_some(layout, parent, name, quarantine, true)
+    }
+
+    /// As `open`, but content with any part of the groups: for the sweep.
+    pub(super) fn open_what_is_there(
+        layout: &Layout,
+        parent: &str,
+        name: &str,
+        quarantine: Arc<Mutex<Vec<PathBuf>>>,
+    ) -> Result<Group, CgroupError> {
+        Group::open_some(layout, parent, name, quarantine, false)
+    }
+
+    fn open_some(
+        layout: &Layout,
+        parent: &str,
+        name: &str,
+        quarantine: Arc<Mutex<Vec<PathBuf>>>,
+        all: bool,
+    ) -> Result<Group, CgroupError> {
+        let mut directories = Vec::new();
+        let mut mounts = Vec::new();
+        for mount in layout.mounts() {
+            let path = mount.join(parent).join(name);
+            match files::open_dir(&path) {
+                Ok(fd) => {
+                    let version =
+                        if layout.unified.as_deref() == Some(mount) { Version::V2 } else { Version::V1 };
+                    directories.push(Directory { path, fd, version });
+                    mounts.push(mount);
+                }
+                Err(error) if !all && error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(CgroupError::io(&path, "open the group", error)),
+            }
+        }
+        let at = |wanted: &Path| mounts.iter().position(|mount| *mount == wanted);
+        let of = |hierarchy: &Hierarchy| at(&hierarchy.mount);
+        let roles = Roles {
+            cpu: of(&layout.cpu),
+            memory: of(&layout.memory),
+            pids: of(&layout.pids),
+            cpuacct: layout.cpuacct.as_deref().and_then(at),
+            freezer: layout.freezer.as_deref().and_then(at),
+            unified: layout.unified.as_deref().and_then(at),
+        };
+        Ok(Group {
+            name: name.to_owned(),
+            directories,
+            roles,
+            cpu: Mutex::new(None),
+            cpu_stat: OnceLock::new(),
+            quarantine,
+        })
+    }
+
+    /// Name of the group beneath the parent.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its directories, one per hierarchy.
+    pub fn directories(&self) -> Vec<&Path> {
+        self.directories.iter().map(|directory| directory.path.as_path()).collect()
+    }
+
+    /// What a process needs in order to be born here: the `tasks` files of v1 (it writes `0` to each, while it has
+    /// one thread) and the directory of v2 (for `CLONE_INTO_CGROUP`).
+    ///
+    /// # Errors
+    /// When a descriptor cannot be made.
+    pub fn join_fds(&self) -> Result<(Vec<OwnedFd>, Option<OwnedFd>), CgroupError> {
+        let mut tasks = Vec::new();
+        for directory in self.directories.iter().filter(|directory| directory.version == Version::V1) {
+            tasks.push(directory.run("open tasks", |fd| files::open_write(fd, "tasks"))?);
+        }
+        let unified = match self.roles.unified.map(|index| &self.directories[index]) {
+            Some(directory) => Some(directory.run("duplicate", |fd| fd.try_clone_to_owned())?),
+            None => None,
+        };
+        Ok((tasks, unified))
+    }
+
+    /// Sets the CPU quota; takes effect at once for the running processes.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn set_cpu(&self, quota: CpuQuota) -> Result<(), CgroupError> {
+        let directory = self.directory(self.roles.cpu, "cpu")?;
+        let mut last = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
+        if directory.version == Version::V2 {
+            let value = match quota {
+                CpuQuota::Unlimited => "max".to_owned(),
+                CpuQuota::Limited { quota_us, period_us } => format!("{quota_us} {period_us}"),
+            };
+            directory.run("write cpu.max", |fd| files::write(fd, "cpu.max", &value))?;
+        } else {
+            directory.run("write the CPU quota", |fd| {
+                for (file, value) in v1_cpu_writes(*last, quota) {
+                    files::write(fd, file, &value)?;
+                }
+                Ok(())
+            })?;
+        }
+        *last = Some(quota);
+        Ok(())
+    }
+
+    /// Sets the memory limit, in bytes; it bounds swap too where the kernel can: v1 counts memory and swap together,
+    /// v2 allows no swap at all beneath a limit.
+    ///
+    /// # Errors
+    /// The system's; `EBUSY` when more is in use and cannot be reclaimed.
+    pub fn set_memory(&self, bytes: u64) -> Result<(), CgroupError> {
+        let directory = self.directory(self.roles.memory, "memory")?;
+        let value = bytes.to_string();
+        directory.run("set the memory limit", |fd| {
+            if directory.version == Version::V2 {
+                files::write(fd, "memory.max", &value)?;
+                files::write_if_there(fd, "memory.swap.max", "0")?;
+                files::write_if_there(fd, "memory.oom.group", "1")?;
+                return Ok(());
+            }
+            // The sum with swap may never be below the limit without: widen it first, narrow it last.
+            let raised =
+                files::limit(&files::read(fd, "memory.limit_in_bytes")?).is_some_and(|now| bytes > now);
+            if raised {
+                files::write_if_there(fd, "memory.memsw.limit_in_bytes", &value)?;
+            }
+            files::write(fd, "memory.limit_in_bytes", &value)?;
+            if !raised {
+                files::write_if_there(fd, "memory.memsw.limit_in_bytes", &value)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Sets the limit on the number of tasks.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn set_pids(&self, count: u64) -> Result<(), CgroupError> {
+        self.directory(self.roles.pids, "pids")?
+            .run("set the limit of tasks", |fd| files::write(fd, "pids.max", &count.to_string()))
+    }
+
+    /// CPU time used and denied. Cheap enough for every few milliseconds.
+    ///
+    /// # Errors
+    /// The system's; `ENODEV` when the group is gone.
+    pub fn cpu_stat(&self) -> Result<CpuStat, CgroupError> {
+        let cpu = self.directory(self.roles.cpu, "cpu")?;
+        let text = cpu.run("read cpu.stat", |fd| match self.cpu_stat.get() {
+            Some(file) => files::read_file(file),
+            None => {
+                let file = files::open_read(fd, "cpu.stat")?;
+                files::read_file(self.cpu_stat.get_or_init(|| file))
+            }
+        })?;
+        let value = |key| files::keyed(&text, key).unwrap_or(0);
+        let (usage_us, throttled_us) = match cpu.version {
+            Version::V2 => (value("usage_usec"), value("throttled_usec")),
+            Version::V1 => (self.usage_us()?, value("throttled_time") / 1000),
+        };
+        Ok(CpuStat {
+            usage_us,
+            nr_periods: value("nr_periods"),
+            nr_throttled: value("nr_throttled"),
+            throttled_us,
+        })
+    }
+
+    fn usage_us(&self) -> Result<u64, CgroupError> {
+        if let Some(directory) = self.roles.cpuacct.map(|index| &self.directories[index]) {
+            let text = directory.run("read cpuacct.usage", |fd| files::read(fd, "cpuacct.usage"))?;
+            return Ok(text.trim().parse::<u64>().unwrap_or(0) / 1000);
+        }
+        let text = self
+            .directory(self.roles.unified, "unified")?
+            .run("read cpu.stat", |fd| files::read(fd, "cpu.stat"))?;
+        Ok(files::keyed(&text, "usage_usec").unwrap_or(0))
+    }
+
+    /// Memory in use, its limit and its peak, and how often the limit killed.
+    ///
+    /// # Errors
+    /// The system's; `ENODEV` when the group is gone.
+    pub fn memory(&self) -> Result<MemoryStat, CgroupError> {
+        let directory = self.directory(self.roles.memory, "memory")?;
+        let [current, limit, peak, events] = match directory.version {
+            Version::V1 => [
+                "memory.usage_in_bytes",
+                "memory.limit_in_bytes",
+                "memory.max_usage_in_bytes",
+                "memory.oom_control",
+            ],
+            Version::V2 => ["memory.current", "memory.max", "memory.peak", "memory.events"],
+        };
+        directory.run("read memory", |fd| {
+            Ok(MemoryStat {
+                current: files::read(fd, current)?.trim().parse().unwrap_or(0),
+                limit: files::limit(&files::read(fd, limit)?),
+                peak: if files::exists(fd, peak) { files::limit(&files::read(fd, peak)?) } else { None },
+                oom_kills: files::keyed(&files::read(fd, events)?, "oom_kill").unwrap_or(0),
+            })
+        })
+    }
+
+    /// Number of tasks now.
+    ///
+    /// # Errors
+    /// The system's; `ENODEV` when the group is gone.
+    pub fn pids_current(&self) -> Result<u64, CgroupError> {
+        let text = self
+            .directory(self.roles.pids, "pids")?
+            .run("read pids.current", |fd| files::read(fd, "pids.current"))?;
+        Ok(text.trim().parse().unwrap_or(0))
+    }
+
+    /// How often a fork was refused because of the limit on tasks.
+    ///
+    /// # Errors
+    /// The system's; `ENODEV` when the group is gone.
+    pub fn pids_refused(&self) -> Result<u64, CgroupError> {
+        let text = self
+            .directory(self.roles.pids, "pids")?
+            .run("read pids.events", |fd| files::read(fd, "pids.events"))?;
+        Ok(files::keyed(&text, "max").unwrap_or(0))
+    }
+
+    /// Asks that every process stop where it is. They stop within microseconds; [`Group::is_frozen`] tells.
+    ///
+    /// # Errors
+    /// The system's, or when there is no freezer.
+    pub fn freeze(&self) -> Result<(), CgroupError> {
+        self.set_frozen(true)
+    }
+
+    /// Lets every process go on.
+    ///
+    /// # Errors
+    /// The system's, or when there is no freezer.
+    pub fn thaw(&self) -> Result<(), CgroupError> {
+        self.set_frozen(false)
+    }
+
+    fn set_frozen(&self, frozen: bool) -> Result<(), CgroupError> {
+        let directory = self.directory(self.roles.unified.or(self.roles.freezer), "freezer")?;
+        let (file, value) = match (directory.version, frozen) {
+            (Version::V2, true) => ("cgroup.freeze", "1"),
+            (Version::V2, false) => ("cgroup.freeze", "0"),
+            (Version::V1, true) => ("freezer.state", "FROZEN"),
+            (Version::V1, false) => ("freezer.state", "THAWED"),
+        };
+        directory.run("freeze or thaw", |fd| files::write(fd, file, value))
+    }
+
+    /// Whether every process has stopped.
+    ///
+    /// # Errors
+    /// The system's, or when there is no freezer.
+    pub fn is_frozen(&self) -> Result<bool, CgroupError> {
+        let directory = self.directory(self.roles.unified.or(self.roles.freezer), "freezer")?;
+        directory.run("read the freezer's state", |fd| match directory.version {
+            Version::V2 => Ok(files::keyed(&files::read(fd, "cgroup.events")?, "frozen") == Some(1)),
+            Version::V1 => Ok(files::read(fd, "freezer.state")?.trim() == "FROZEN"),
+        })
+    }
+
+    /// Sends SIGKILL to every process, frozen or not.
+    ///
+    /// # Errors
+    /// The system's. A group that is gone is no error.
+    pub fn kill(&self) -> Result<(), CgroupError> {
+        if let Some(directory) = self.roles.unified.map(|index| &self.directories[index]) {
+            if directory.run("kill", |fd| files::write_if_there(fd, "cgroup.kill", "1"))? {
+                return Ok(());
+            }
+        }
+        for _ in 0..KILL_ROUNDS {
+            // Best effort: without a freezer the rounds alone must win the race against forks.
+            let _ = self.freeze();
+            let mut left = false;
+            for directory in &self.directories {
+                for pid in directory.run("list processes", files::processes)? {
+                    left = true;
+                    if let Some(pid) = Pid::from_raw(pid) {
+                        let _ = kill_process(pid, Signal::KILL);
+                    }
+                }
+            }
+            let _ = self.thaw();
+            if !left {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a process is left.
+    ///
+    /// # Errors
+    /// The system's; a group that is gone has none.
+    pub fn populated(&self) -> Result<bool, CgroupError> {
+        if let Some(directory) = self.roles.unified.map(|index| &self.directories[index]) {
+            let text = directory.run("read cgroup.events", |fd| files::read(fd, "cgroup.events"))?;
+            return Ok(files::keyed(&text, "populated") == Some(1));
+        }
+        for directory in &self.directories {
+            if !directory.run("list processes", files::processes)?.is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Removes the groups, killing what is left and waiting for it with growing pauses, for 2 s at most.
+    ///
+    /// # Errors
+    /// [`CgroupError::Stuck`]: what would not go is in quarantine and is tried again by the next sweep.
+    pub async fn remove(self) -> Result<(), CgroupError> {
+        let mut stuck = Vec::new();
+        let mut patience = PATIENCE;
+        for directory in &self.directories {
+            if std::fs::remove_dir(&directory.path).is_ok() {
+                continue;
+            }
+            if let Err(error) = self.kill() {
+                tracing::debug!(group = self.name, %error, "killing what is left in a cgroup");
+            }
+            if !remove_dir(&directory.path, patience).await {
+                stuck.push(directory.path.clone());
+                patience = Duration::ZERO;
+            }
+        }
+        if stuck.is_empty() {
+            return Ok(());
+        }
+        self.quarantine.lock().unwrap_or_else(PoisonError::into_inner).extend(stuck.iter().cloned());
+        Err(CgroupError::Stuck(stuck))
+    }
+
+    /// Removes groups in which no process has ever been.
+    pub(super) fn remove_now(&self) {
+        for directory in &self.directories {
+            if let Err(error) = std::fs::remove_dir(&directory.path) {
+                tracing::warn!(path = %directory.path.display(), %error, "an empty cgroup would not be removed");
+            }
+        }
+    }
+
+    fn directory(&self, index: Option<usize>, controller: &'static str) -> Result<&Directory, CgroupError> {
+        index.map(|index| &self.directories[index]).ok_or(CgroupError::Missing(controller))
+    }
+}
+
+impl Directory {
+    fn run<T>(
+        &self,
+        what: &'static str,
+        operation: impl FnOnce(BorrowedFd<'_>) -> io::Result<T>,
+    ) -> Result<T, CgroupError> {
+        operation(self.fd.as_fd()).map_err(|error| CgroupError::io(&self.path, what, error))
+    }
+}
+
+/// The writes that lead from one quota to another on v1, where quota and period are two files. Between the two the
+/// group has more than before and after when it is being raised, less when it is being lowered.
+fn v1_cpu_writes(last: Option<CpuQuota>, next: CpuQuota) -> Vec<(&'static str, String)> {
+    const QUOTA: &str = "cpu.cfs_quota_us";
+    const PERIOD: &str = "cpu.cfs_period_us";
+    let CpuQuota::Limited { quota_us, period_us } = next else { return vec![(QUOTA, "-1".to_owned())] };
+    let quota = (QUOTA, quota_us.to_string());
+    let period = (PERIOD, period_us.to_string());
+    match last {
+        Some(CpuQuota::Limited { period_us: same, .. }) if same == period_us => vec![quota],
+        Some(CpuQuota::Limited { quota_us: old_quota, period_us: old_period }) => {
+            let raised = quota_us * old_period >= old_quota * period_us;
+            let more_quota = quota_us >= old_quota;
+            if raised == more_quota { vec![quota, period] } else { vec![period, quota] }
+        }
+        // Without a quota the period has no effect yet.
+        Some(CpuQuota::Unlimited) => vec![period, quota],
+        None => vec![(QUOTA, "-1".to_owned()), period, quota],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quota_with_the_same_period_is_one_write() {
+        let last = Some(CpuQuota::from_millicores(300));
+        assert_eq!(
+            v1_cpu_writes(last, CpuQuota::from_millicores(400)),
+            [("cpu.cfs_quota_us", "4000".to_owned())]
+        );
+        assert_eq!(v1_cpu_writes(last, CpuQuota::Unlimited), [("cpu.cfs_quota_us", "-1".to_owned())]);
+    }
+
+    #[test]
+    fn on_the_way_up_there_is_never_less_than_before() {
+        let writes = v1_cpu_writes(Some(CpuQuota::from_millicores(300)), CpuQuota::from_millicores(600));
+        assert_eq!(writes[0].0, "cpu.cfs_quota_us");
+    }
+
+    #[test]
+    fn a_first_quota_forgets_what_was_there() {
+        let writes = v1_cpu_writes(None, CpuQuota::from_millicores(300));
+        assert_eq!(writes.len(), 3);
+        assert_eq!(writes[0].1, "-1");
+    }
+}

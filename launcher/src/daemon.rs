@@ -1,0 +1,221 @@
+//! The daemon: puts the parts together, serves until it is told to end, and leaves nothing behind.
+
+use std::{
+    fs,
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use cmdb::embedded::EmbeddedStore;
+use launcher_client::paths::StateDir;
+use nix::{
+    fcntl::{Flock, FlockArg},
+    libc::SIGKILL,
+};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, oneshot},
+};
+
+use crate::{
+    api::{self, Identities},
+    cgroup::Cgroups,
+    host::{Host, Parts},
+    image::ImageStore,
+    keeper::{Keeper, KeeperEvent},
+    supervisor::Message,
+};
+
+/// How long the end of all instances may take before the spawner is ended with whatever it still has.
+const END_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long a start waits for an earlier daemon of the same state folder to end.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How the daemon is to run.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where everything is kept.
+    pub state: StateDir,
+    /// Name of the parent of all cgroups.
+    pub cgroup_parent: String,
+    /// Group that may reach the socket.
+    pub gid: u32,
+    /// Who plays which part.
+    pub identities: Identities,
+    /// Where volumes come from.
+    pub datapool: Option<PathBuf>,
+    /// This program, to be started as the spawner.
+    pub exe: PathBuf,
+}
+
+/// Runs the daemon until SIGTERM or SIGINT.
+///
+/// # Errors
+/// Whatever keeps it from starting, with what to do about it. Once it serves, it goes on.
+pub async fn run(config: Config) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be handled")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be handled")?;
+
+    make_folders(&config)?;
+    let _lock = lock(&config.state.launcher()).await?;
+    // The spawner first, while this process is small: its memory is what a fork would have to copy.
+    let spawner = Keeper::start(&config.state.launcher(), &config.exe)
+        .await
+        .context("the spawner cannot be started")?;
+    let cgroups = Cgroups::detect(&config.cgroup_parent).context("control groups cannot be used")?;
+    end_leftovers(&spawner.keeper, &spawner.present, &cgroups).await;
+
+    let journal = config.state.launcher().join("cmdb.redb");
+    let store =
+        EmbeddedStore::open(&journal).with_context(|| format!("the CMDB's journal {}", journal.display()))?;
+    let host = Arc::new(Host::new(Parts {
+        node: node_name(),
+        store: Arc::new(store),
+        keeper: spawner.keeper,
+        cgroups,
+        images: ImageStore::new(&config.state.launcher().join("images")).context("the image store")?,
+        staging: config.state.launcher().join("staging"),
+        datapool: open_datapool(config.datapool.as_deref())?,
+    }));
+    tokio::spawn(route_events(Arc::clone(&host), spawner.events));
+
+    let path = config.state.launcher_socket();
+    let listener = api::bind(&path, config.gid).context("the launcher's socket")?;
+    let api = tokio::spawn(api::serve(Arc::clone(&host), listener, config.identities));
+    host.events.emit("launcher-started", None, None, format!("the launcher serves on {}", path.display()));
+    for (app, _) in host.store.list().into_iter().filter(|(app, _)| app.scale.min > 0) {
+        drop(host.supervisor(&app.name));
+    }
+
+    let by = tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    };
+    host.events.emit("launcher-ending", None, None, format!("{by}: every instance is being ended"));
+    api.abort();
+    end_everything(&host).await;
+    let _ = fs::remove_file(&path);
+    Ok(())
+}
+
+fn make_folders(config: &Config) -> Result<()> {
+    let make = |path: &Path, mode: u32| -> Result<()> {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(mode)
+            .create(path)
+            .with_context(|| format!("{} cannot be made", path.display()))?;
+        let permissions = fs::Permissions::from_mode(mode);
+        fs::set_permissions(path, permissions)
+            .with_context(|| format!("{}: its mode cannot be set", path.display()))
+    };
+    make(config.state.root(), 0o755)?;
+    make(&config.state.launcher(), 0o700)?;
+    make(&config.state.launcher().join("staging"), 0o700)?;
+    make(&config.state.run(), 0o711)
+}
+
+/// One daemon for a state folder; the file holds its pid.
+async fn lock(folder: &Path) -> Result<Flock<fs::File>> {
+    let path = folder.join("lock");
+    let deadline = tokio::time::Instant::now() + LOCK_PATIENCE;
+    let mut file = fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(&path)
+        .with_context(|| format!("{} cannot be opened", path.display()))?;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(mut lock) => {
+                lock.set_len(0)
+                    .and_then(|()| writeln!(lock, "{}", std::process::id()))
+                    .with_context(|| format!("{} cannot be written", path.display()))?;
+                return Ok(lock);
+            }
+            Err((again, nix::errno::Errno::EWOULDBLOCK)) if tokio::time::Instant::now() < deadline => {
+                file = again;
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
+                let pid = fs::read_to_string(&path).unwrap_or_default();
+                bail!(
+                    "another launcher (pid {}) uses {}; stop it, or use another state folder",
+                    pid.trim(),
+                    folder.display()
+                );
+            }
+            Err((_, errno)) => {
+                return Err(io::Error::from(errno))
+                    .with_context(|| format!("{} cannot be locked", path.display()));
+            }
+        }
+    }
+}
+
+/// What an earlier daemon left running is ended: it is not adopted yet.
+async fn end_leftovers(keeper: &Keeper, present: &[crate::keeper::Found], cgroups: &Cgroups) {
+    for found in present {
+        tracing::info!(app = %found.state.id.app, generation = found.state.id.generation, "ending what an earlier launcher left");
+        keeper.kill(&found.state.id, SIGKILL);
+    }
+    let sweep = cgroups.sweep().await;
+    if sweep.removed > 0 {
+        tracing::info!(cgroups = sweep.removed, "removed what an earlier launcher left");
+    }
+    for path in sweep.stuck {
+        tracing::warn!(path = %path.display(), "a cgroup of an earlier launcher cannot be removed");
+    }
+}
+
+async fn route_events(host: Arc<Host>, mut events: mpsc::UnboundedReceiver<KeeperEvent>) {
+    while let Some(event) = events.recv().await {
+        host.route(event);
+    }
+}
+
+async fn end_everything(host: &Arc<Host>) {
+    host.end();
+    let ends: Vec<_> = host
+        .supervisors()
+        .into_iter()
+        .map(|supervisor| {
+            let (reply, done) = oneshot::channel();
+            let _ = supervisor.send(Message::Shutdown(reply));
+            done
+        })
+        .collect();
+    let all = async {
+        for end in ends {
+            let _ = end.await;
+        }
+    };
+    if tokio::time::timeout(END_TIMEOUT, all).await.is_err() {
+        tracing::warn!("some instances did not end in time; they are killed with the spawner");
+    }
+    host.keeper.shutdown().await;
+    host.cgroups.sweep().await;
+    if let Err(error) = host.cgroups.remove_parent().await {
+        tracing::warn!(%error, "the parent cgroup could not be removed");
+    }
+}
+
+fn open_datapool(path: Option<&Path>) -> Result<Option<std::os::fd::OwnedFd>> {
+    use rustix::fs::{Mode, OFlags};
+    let Some(path) = path else { return Ok(None) };
+    let fd = rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .with_context(|| format!("the DataPool {} cannot be opened", path.display()))?;
+    Ok(Some(fd))
+}
+
+fn node_name() -> String {
+    nix::unistd::gethostname()
+        .ok()
+        .and_then(|n| n.into_string().ok())
+        .unwrap_or_else(|| "localhost".to_owned())
+}

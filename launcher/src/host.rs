@@ -1,0 +1,238 @@
+//! What all parts of the daemon share: the store, the spawner, cgroups, images, and who is connected.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use cmdb::{AppName, Generation, InstanceId, embedded::EmbeddedStore};
+use launcher_client::wire::{Refusal, RefusalCode};
+use tokio::sync::mpsc;
+
+use crate::{
+    cgroup::Cgroups,
+    events::Events,
+    image::ImageStore,
+    instance::Live,
+    keeper::{Keeper, KeeperEvent},
+    network::NetNs,
+    sandbox::ContainerId,
+    supervisor::{Message, Supervisor},
+};
+
+/// First host id of the ranges that user namespaces map; above what distributions give to people and services, below
+/// 2³¹ for the sake of programs that keep ids in signed integers.
+const ID_FLOOR: u32 = 0x4000_0000;
+/// Ids in a range.
+const ID_RANGE: u32 = 0x1_0000;
+/// Ranges that there are.
+const ID_RANGES: u32 = 0x3fff;
+
+/// Shared by every task of the daemon.
+#[derive(Debug)]
+pub struct Host {
+    /// This host's name in the CMDB.
+    pub node: String,
+    /// The CMDB.
+    pub store: Arc<EmbeddedStore>,
+    /// Makes containers.
+    pub keeper: Keeper,
+    /// Limits them.
+    pub cgroups: Cgroups,
+    /// Where their files come from.
+    pub images: ImageStore,
+    /// Makes sockets in their network namespaces.
+    pub netns: NetNs,
+    /// What happened.
+    pub events: Events,
+    /// An empty directory on which each container stages its root, in its own mount namespace.
+    pub staging: PathBuf,
+    /// The DataPool; `None` where none is configured.
+    pub datapool: Option<OwnedFd>,
+    /// Events of the spawner find their instance's task here.
+    pub routes: Mutex<HashMap<ContainerId, mpsc::UnboundedSender<KeeperEvent>>>,
+    /// Instances that listen.
+    pub live: Mutex<HashMap<InstanceId, Arc<Live>>>,
+    /// Proxies that serve traffic now.
+    pub watchers: Watchers,
+    supervisors: Mutex<HashMap<AppName, mpsc::UnboundedSender<Message>>>,
+    ids: Mutex<IdRanges>,
+    ending: std::sync::atomic::AtomicBool,
+}
+
+/// The connections of proxies that serve traffic: an instance that drains waits for each of them.
+#[derive(Debug, Default)]
+pub struct Watchers {
+    next: AtomicU64,
+    present: Mutex<BTreeSet<u64>>,
+}
+
+/// Ranges of ids, one for each app, kept for the daemon's life.
+#[derive(Debug, Default)]
+struct IdRanges {
+    by_app: HashMap<AppName, u32>,
+    free: Vec<u32>,
+    next: u32,
+}
+
+/// What a [`Host`] is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// See [`Host::node`].
+    pub node: String,
+    /// See [`Host::store`].
+    pub store: Arc<EmbeddedStore>,
+    /// See [`Host::keeper`].
+    pub keeper: Keeper,
+    /// See [`Host::cgroups`].
+    pub cgroups: Cgroups,
+    /// See [`Host::images`].
+    pub images: ImageStore,
+    /// See [`Host::staging`].
+    pub staging: PathBuf,
+    /// See [`Host::datapool`].
+    pub datapool: Option<OwnedFd>,
+}
+
+impl Host {
+    /// Puts the parts together.
+    #[must_use]
+    pub fn new(parts: Parts) -> Self {
+        Self {
+            node: parts.node,
+            store: parts.store,
+            keeper: parts.keeper,
+            cgroups: parts.cgroups,
+            images: parts.images,
+            netns: NetNs::new(),
+            events: Events::default(),
+            staging: parts.staging,
+            datapool: parts.datapool,
+            routes: Mutex::default(),
+            live: Mutex::default(),
+            watchers: Watchers::default(),
+            supervisors: Mutex::default(),
+            ids: Mutex::default(),
+            ending: std::sync::atomic::AtomicBool::new(false),
+        }
+    }
+
+    /// The supervisor of `app`, begun if need be.
+    ///
+    /// # Errors
+    /// No such app, or the launcher is ending.
+    pub fn supervisor(self: &Arc<Self>, app: &AppName) -> Result<mpsc::UnboundedSender<Message>, Refusal> {
+        let mut supervisors = lock(&self.supervisors);
+        if self.ending.load(Ordering::SeqCst) {
+            return Err(Refusal::new(RefusalCode::Busy, "the launcher is ending"));
+        }
+        if let Some(sender) = supervisors.get(app).filter(|s| !s.is_closed()) {
+            return Ok(sender.clone());
+        }
+        let Some((spec, _)) = self.store.get(app) else {
+            return Err(Refusal::new(RefusalCode::UnknownApp, format!("no app is called \"{app}\"")));
+        };
+        let sender = Supervisor::begin(Arc::clone(self), spec);
+        supervisors.insert(app.clone(), sender.clone());
+        Ok(sender)
+    }
+
+    /// The supervisor of `app` if it has begun.
+    pub fn running_supervisor(&self, app: &AppName) -> Option<mpsc::UnboundedSender<Message>> {
+        lock(&self.supervisors).get(app).filter(|s| !s.is_closed()).cloned()
+    }
+
+    /// Every supervisor that has begun.
+    pub fn supervisors(&self) -> Vec<mpsc::UnboundedSender<Message>> {
+        lock(&self.supervisors).values().cloned().collect()
+    }
+
+    /// No supervisor begins from now on.
+    pub fn end(&self) {
+        let _order = lock(&self.supervisors);
+        self.ending.store(true, Ordering::SeqCst);
+    }
+
+    /// The instance, if it listens.
+    pub fn live(&self, app: &AppName, generation: Generation) -> Option<Arc<Live>> {
+        lock(&self.live).get(&InstanceId { app: app.clone(), generation }).cloned()
+    }
+
+    /// First id of the range of `app`, given to it for the daemon's life.
+    pub fn id_base(&self, app: &AppName) -> Option<u32> {
+        let mut ids = lock(&self.ids);
+        if let Some(range) = ids.by_app.get(app) {
+            return Some(ID_FLOOR + range * ID_RANGE);
+        }
+        let range = match ids.free.pop() {
+            Some(range) => range,
+            None if ids.next < ID_RANGES => {
+                ids.next += 1;
+                ids.next - 1
+            }
+            None => return None,
+        };
+        ids.by_app.insert(app.clone(), range);
+        Some(ID_FLOOR + range * ID_RANGE)
+    }
+
+    /// The app is gone and nothing of it runs: its ids may be another's.
+    pub fn free_ids(&self, app: &AppName) {
+        let mut ids = lock(&self.ids);
+        if let Some(range) = ids.by_app.remove(app) {
+            ids.free.push(range);
+        }
+    }
+
+    /// Hands an event of the spawner to the instance's task.
+    pub fn route(&self, event: KeeperEvent) {
+        let id = match &event {
+            KeeperEvent::Execed { id, .. }
+            | KeeperEvent::Failed { id, .. }
+            | KeeperEvent::Listening { id, .. }
+            | KeeperEvent::Exited { id, .. } => id.clone(),
+            KeeperEvent::SpawnerLost => {
+                let message = "the spawner died; a new one is being started; running apps go on";
+                return self.events.emit("spawner-lost", None, None, message.into());
+            }
+            KeeperEvent::SpawnerBack => {
+                let message = "a spawner answers again and has taken over the running apps";
+                return self.events.emit("spawner-back", None, None, message.into());
+            }
+        };
+        match lock(&self.routes).get(&id) {
+            // The task ends only after `Exited`, so a closed channel means that nothing more is to be done.
+            Some(task) => drop(task.send(event)),
+            None => tracing::debug!(?event, "the spawner tells of a container that is nobody's"),
+        }
+    }
+}
+
+impl Watchers {
+    /// A proxy that serves traffic has come; the number is its connection's name.
+    pub fn add(&self) -> u64 {
+        let id = self.next.fetch_add(1, Ordering::Relaxed) + 1;
+        lock(&self.present).insert(id);
+        id
+    }
+
+    /// It has gone.
+    pub fn remove(&self, id: u64) {
+        lock(&self.present).remove(&id);
+    }
+
+    /// Those present now.
+    pub fn present(&self) -> BTreeSet<u64> {
+        lock(&self.present).clone()
+    }
+}
+
+/// A poisoned lock guards data that is whole all the same: each critical section here is one operation of a map.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,52 @@
+//! Remembers which content an archive had when it looked as it looks now, so that a warm start reads nothing of it.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+const FILE: &str = "index.json";
+
+/// What changes when the content of a file does.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub(super) struct Key {
+    pub(super) dev: u64,
+    pub(super) ino: u64,
+    pub(super) size: u64,
+    pub(super) mtime: (i64, i64),
+    pub(super) ctime: (i64, i64),
+}
+
+/// The newest content of each archive. A loss costs an unpacking, nothing else: so it is written without ceremony.
+#[derive(Debug, Default)]
+pub(super) struct Cache {
+    file: PathBuf,
+    known: BTreeMap<PathBuf, (Key, String)>,
+}
+
+impl Cache {
+    pub(super) fn load(dir: &Path) -> Cache {
+        let file = dir.join(FILE);
+        let text = std::fs::read(&file).unwrap_or_default();
+        let mut known: BTreeMap<PathBuf, (Key, String)> = serde_json::from_slice(&text).unwrap_or_default();
+        known.retain(|path, _| path.exists());
+        Cache { file, known }
+    }
+
+    pub(super) fn find(&self, path: &Path, key: &Key) -> Option<String> {
+        self.known.get(path).filter(|(known, _)| known == key).map(|(_, name)| name.clone())
+    }
+
+    pub(super) fn put(&mut self, path: &Path, key: Key, name: &str) {
+        self.known.insert(path.to_owned(), (key, name.to_owned()));
+        let text = serde_json::to_vec(&self.known).unwrap_or_default();
+        let new = self.file.with_extension("new");
+        if let Err(error) = std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &self.file)) {
+            tracing::warn!(path = %self.file.display(), %error, "the index of images cannot be written");
+        }
+    }
+
+    pub(super) fn names(&self) -> HashSet<String> {
+        self.known.values().map(|(_, name)| name.clone()).collect()
+    }
+}

@@ -1,0 +1,356 @@
+//! The image store: turns the name of an image into directories that a container's root is laid over.
+//!
+//! `dir:/path` is used where it lies. `tar:/path` (plain, gzip or zstd) is unpacked once for each content that it has
+//! had, into `sha256-<digest>`; each start uses the newest. What an archive says is trusted in nothing.
+
+mod archive;
+mod cache;
+#[cfg(test)]
+mod hostile;
+mod tree;
+mod unpack;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use rustix::fs::{Dir, Mode, OFlags};
+
+use cache::{Cache, Key};
+pub use unpack::{Bounds, Refused};
+
+/// Names of directories that are being filled or emptied; whatever bears them at a start is rubbish.
+const UNFINISHED: &str = ".unfinished-";
+
+/// Where images come from and where unpacked ones are kept; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct ImageStore {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    dir: PathBuf,
+    bounds: Bounds,
+    cache: Mutex<Cache>,
+    /// One unpacking at a time for each archive.
+    flights: Mutex<HashMap<PathBuf, Arc<tokio::sync::Mutex<()>>>>,
+    /// Unpacked versions that somebody uses.
+    leases: Mutex<HashMap<String, Weak<str>>>,
+}
+
+/// The layers of one image, ready to be mounted.
+#[derive(Debug)]
+pub struct Layers {
+    /// Directories, lowest first.
+    pub fds: Vec<OwnedFd>,
+    /// What exactly this is: `sha256-<digest>` of an archive, or device, inode and modification time of a directory.
+    pub id: String,
+    /// To be held for as long as a container uses the layers.
+    pub lease: Lease,
+}
+
+/// Keeps an unpacked version from being removed when a newer one takes its place.
+#[derive(Clone, Debug)]
+pub struct Lease {
+    _name: Arc<str>,
+}
+
+/// Why an image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// Neither `dir:/absolute/path` nor `tar:/absolute/path`.
+    #[error("image {image:?}: expected dir:/absolute/path or tar:/absolute/path")]
+    Scheme {
+        /// As it was given.
+        image: String,
+    },
+    /// Nothing is there.
+    #[error("image {path} does not exist")]
+    Missing {
+        /// Where it should be.
+        path: PathBuf,
+    },
+    /// A directory was expected.
+    #[error("image {path} is not a directory")]
+    NotDirectory {
+        /// What is not.
+        path: PathBuf,
+    },
+    /// An archive was expected.
+    #[error("image {path} is not a regular file")]
+    NotFile {
+        /// What is not.
+        path: PathBuf,
+    },
+    /// A directory or archive without content.
+    #[error("image {path} is empty")]
+    Empty {
+        /// Which.
+        path: PathBuf,
+    },
+    /// An archive that cannot be, or will not be, unpacked.
+    #[error("image {path}: {refused}")]
+    Refused {
+        /// Which archive.
+        path: PathBuf,
+        /// Why.
+        refused: Refused,
+    },
+    /// The archive was written to while it was read.
+    #[error("image {path} changed while it was being unpacked; move a finished archive into place instead")]
+    Changed {
+        /// Which archive.
+        path: PathBuf,
+    },
+    /// An operation on a path failed.
+    #[error("image {path}: {what}: {error}")]
+    Io {
+        /// About which path.
+        path: PathBuf,
+        /// Doing what.
+        what: &'static str,
+        /// The system's error.
+        error: io::Error,
+    },
+}
+
+impl ImageError {
+    fn io(path: &Path, what: &'static str, error: impl Into<io::Error>) -> ImageError {
+        ImageError::Io { path: path.to_owned(), what, error: error.into() }
+    }
+
+    /// For opening what the image's name points to.
+    fn open(path: &Path, error: io::Error) -> ImageError {
+        match error.kind() {
+            io::ErrorKind::NotFound => ImageError::Missing { path: path.to_owned() },
+            io::ErrorKind::NotADirectory => ImageError::NotDirectory { path: path.to_owned() },
+            _ => ImageError::io(path, "open", error),
+        }
+    }
+}
+
+impl ImageStore {
+    /// A store that keeps unpacked archives in `dir`. Removes what an earlier life left unfinished there.
+    ///
+    /// # Errors
+    /// When the directory cannot be made or read.
+    pub fn new(dir: &Path) -> Result<ImageStore, ImageError> {
+        ImageStore::with_bounds(dir, Bounds::default())
+    }
+
+    /// As [`ImageStore::new`], with other bounds on what an archive may hold.
+    ///
+    /// # Errors
+    /// When the directory cannot be made or read.
+    pub fn with_bounds(dir: &Path, bounds: Bounds) -> Result<ImageStore, ImageError> {
+        std::fs::create_dir_all(dir).map_err(|error| ImageError::io(dir, "make the store", error))?;
+        let entries = std::fs::read_dir(dir).map_err(|error| ImageError::io(dir, "read the store", error))?;
+        for entry in entries.flatten() {
+            if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+                remove_tree(&entry.path());
+            }
+        }
+        let cache = Mutex::new(Cache::load(dir));
+        let inner =
+            Inner { dir: dir.to_owned(), bounds, cache, flights: Mutex::default(), leases: Mutex::default() };
+        Ok(ImageStore { inner: Arc::new(inner) })
+    }
+
+    /// Finds an image, unpacking it if that has not been done. Of any number of callers at the same time one unpacks.
+    ///
+    /// # Errors
+    /// See [`ImageError`].
+    pub async fn resolve(&self, image: &str) -> Result<Layers, ImageError> {
+        match image.split_once(':') {
+            Some(("dir", path)) if path.starts_with('/') => self.directory(Path::new(path)).await,
+            Some(("tar", path)) if path.starts_with('/') => self.archive(Path::new(path)).await,
+            _ => Err(ImageError::Scheme { image: image.to_owned() }),
+        }
+    }
+
+    /// A directory is opened, not copied: in a blocking thread, because it may lie on a network file system.
+    async fn directory(&self, path: &Path) -> Result<Layers, ImageError> {
+        let path = path.to_owned();
+        blocking(path.clone(), move || {
+            let fd = open_dir(&path).map_err(|error| ImageError::open(&path, error))?;
+            let stat = rustix::fs::fstat(&fd).map_err(|error| ImageError::io(&path, "stat", error))?;
+            let entries = Dir::read_from(&fd).map_err(|error| ImageError::io(&path, "read", error))?;
+            let mut names =
+                entries.flatten().filter(|entry| !matches!(entry.file_name().to_bytes(), b"." | b".."));
+            if names.next().is_none() {
+                return Err(ImageError::Empty { path });
+            }
+            let id = format!("dir-{}-{}-{}", stat.st_dev, stat.st_ino, stat.st_mtime);
+            let lease = Lease { _name: id.as_str().into() };
+            Ok(Layers { fds: vec![fd], id, lease })
+        })
+        .await
+    }
+
+    async fn archive(&self, path: &Path) -> Result<Layers, ImageError> {
+        let flight = {
+            let mut flights = self.inner.flights.lock().unwrap_or_else(PoisonError::into_inner);
+            flights.entry(path.to_owned()).or_default().clone()
+        };
+        let inner = self.inner.clone();
+        let path = path.to_owned();
+        // The lock goes along: if the caller leaves, the unpacking is finished all the same, and still by one.
+        let turn = flight.lock_owned().await;
+        blocking(path.clone(), move || {
+            let layers = inner.archive(&path);
+            drop(turn);
+            layers
+        })
+        .await
+    }
+}
+
+impl Inner {
+    fn archive(&self, path: &Path) -> Result<Layers, ImageError> {
+        let file = File::open(path).map_err(|error| ImageError::open(path, error))?;
+        let key = key_of(path, &file)?;
+        if let Some(name) = self.lock_cache().find(path, &key)
+            && let Ok(layers) = self.unpacked(&name)
+        {
+            return Ok(layers);
+        }
+        let name = self.unpack(path, file, &key)?;
+        let layers = self.unpacked(&name)?;
+        self.lock_cache().put(path, key, &name);
+        self.remove_unused();
+        Ok(layers)
+    }
+
+    /// Fills a directory of another name, which becomes visible when it is whole.
+    fn unpack(&self, path: &Path, file: File, key: &Key) -> Result<String, ImageError> {
+        let unfinished =
+            tempfile_in(&self.dir).map_err(|error| ImageError::io(&self.dir, "make a directory", error))?;
+        let filled = self.fill(path, file, key, &unfinished);
+        let moved = filled.and_then(|digest| {
+            let name = format!("sha256-{digest}");
+            let place = self.dir.join(&name);
+            match std::fs::rename(&unfinished, &place) {
+                Ok(()) => Ok(name),
+                // The same content under another file name or with another date.
+                Err(_) if place.is_dir() => {
+                    remove_tree(&unfinished);
+                    Ok(name)
+                }
+                Err(error) => Err(ImageError::io(&place, "move into place", error)),
+            }
+        });
+        moved.inspect_err(|_| remove_tree(&unfinished))
+    }
+
+    fn fill(&self, path: &Path, file: File, key: &Key, place: &Path) -> Result<String, ImageError> {
+        let root = open_dir(place).map_err(|error| ImageError::io(place, "open", error))?;
+        let again = file.try_clone().map_err(|error| ImageError::io(path, "duplicate", error))?;
+        let (digest, report) =
+            archive::unpack(file, root.as_fd(), &self.bounds).map_err(|refused| match refused {
+                Refused::Empty => ImageError::Empty { path: path.to_owned() },
+                refused => ImageError::Refused { path: path.to_owned(), refused },
+            })?;
+        if key_of(path, &again)? != *key {
+            return Err(ImageError::Changed { path: path.to_owned() });
+        }
+        if report.skipped > 0 {
+            tracing::info!(image = %path.display(), skipped = report.skipped, "device nodes and fifos were left out");
+        }
+        Ok(digest)
+    }
+
+    fn unpacked(&self, name: &str) -> Result<Layers, ImageError> {
+        let place = self.dir.join(name);
+        let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
+        let fd = open_dir(&place).map_err(|error| ImageError::io(&place, "open", error))?;
+        let held = leases.get(name).and_then(Weak::upgrade).unwrap_or_else(|| {
+            let held: Arc<str> = name.into();
+            leases.insert(name.to_owned(), Arc::downgrade(&held));
+            held
+        });
+        Ok(Layers { fds: vec![fd], id: name.to_owned(), lease: Lease { _name: held } })
+    }
+
+    /// Removes unpacked versions that are neither the newest of an archive nor used by anybody.
+    fn remove_unused(&self) {
+        let wanted = self.lock_cache().names();
+        let Ok(entries) = std::fs::read_dir(&self.dir) else { return };
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if !name.starts_with("sha256-") || wanted.contains(&name) {
+                continue;
+            }
+            let aside = self.dir.join(format!("{UNFINISHED}{name}"));
+            {
+                let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
+                if leases.get(&name).is_some_and(|lease| lease.strong_count() > 0) {
+                    continue;
+                }
+                leases.remove(&name);
+                // Under the lock: nobody can open it by its name any more.
+                if std::fs::rename(entry.path(), &aside).is_err() {
+                    continue;
+                }
+            }
+            remove_tree(&aside);
+        }
+    }
+
+    fn lock_cache(&self) -> std::sync::MutexGuard<'_, Cache> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    path: PathBuf,
+    work: impl FnOnce() -> Result<T, ImageError> + Send + 'static,
+) -> Result<T, ImageError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(ImageError::io(&path, "read", io::Error::other(error))),
+    }
+}
+
+fn key_of(path: &Path, file: &File) -> Result<Key, ImageError> {
+    let meta = file.metadata().map_err(|error| ImageError::io(path, "stat", error))?;
+    if !meta.is_file() {
+        return Err(ImageError::NotFile { path: path.to_owned() });
+    }
+    Ok(Key {
+        dev: meta.dev(),
+        ino: meta.ino(),
+        size: meta.size(),
+        mtime: (meta.mtime(), meta.mtime_nsec()),
+        ctime: (meta.ctime(), meta.ctime_nsec()),
+    })
+}
+
+fn open_dir(path: &Path) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+fn tempfile_in(dir: &Path) -> io::Result<PathBuf> {
+    use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let path = dir.join(format!("{UNFINISHED}{}-{count}", std::process::id()));
+    std::fs::DirBuilder::new().mode(0o755).create(&path)?;
+    // Whatever the umask: it becomes the root of containers whose users are not root.
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+    Ok(path)
+}
+
+/// Removes a tree of ours; the standard library does not follow symbolic links there.
+fn remove_tree(path: &Path) {
+    if let Err(error) = std::fs::remove_dir_all(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %path.display(), %error, "a directory of the image store cannot be removed");
+    }
+}

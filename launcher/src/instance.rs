@@ -1,0 +1,475 @@
+//! One instance's life: a task that owns its container, from the image to the removed cgroup.
+
+use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
+
+use cmdb::{App, AppName, Generation, InstanceId};
+use launcher_client::wire::{RefusalCode, Step, WakeTiming};
+use nix::libc::{SIGKILL, SIGTERM};
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use tokio::{sync::mpsc, time::Instant};
+
+use crate::{
+    cgroup::{Group, Limits},
+    clock::unix_us,
+    host::{Host, lock},
+    keeper::{Created, Exit, KeeperError, KeeperEvent, Listening, monotonic_us},
+    network::NetSockets,
+    output::{Capture, Output},
+    ready,
+    sandbox::{ContainerId, Plan, PlanFds, StepTiming, VolumePlan},
+    supervisor::Message,
+};
+
+/// Descriptors that an app may open; Debian's default for services.
+const NOFILE: u64 = 8192;
+/// `/dev/shm`, as Docker has it.
+const SHM_BYTES: u64 = 64 << 20;
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// What a supervisor may do with an instance.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Control {
+    /// SIGTERM, and SIGKILL after this time.
+    Terminate(Duration),
+}
+
+/// An instance that listens.
+#[derive(Debug)]
+pub struct Live {
+    /// Which.
+    pub id: InstanceId,
+    /// Its first process, as the host sees it.
+    pub pid: i32,
+    /// Its limits.
+    pub group: Arc<Group>,
+    /// Makes sockets in its network namespace.
+    pub sockets: NetSockets,
+    /// Where it listens.
+    pub port: u16,
+}
+
+/// What an instance's task tells its supervisor.
+#[derive(Debug)]
+pub enum Note {
+    /// Its process exists.
+    Created {
+        /// Which.
+        generation: Generation,
+        /// Its first process.
+        pid: i32,
+        /// Its limits.
+        group: Arc<Group>,
+        /// What it runs.
+        image: String,
+    },
+    /// It listens.
+    Listens {
+        /// The instance.
+        live: Arc<Live>,
+        /// How it came to be.
+        timing: WakeTiming,
+    },
+    /// It is gone, and nothing of it is left.
+    Ended {
+        /// Which.
+        generation: Generation,
+        /// How.
+        end: End,
+    },
+}
+
+/// How an instance ended.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct End {
+    /// Of which kind it is when it is a failed start.
+    pub code: RefusalCode,
+    /// In words: `exited with status 3`.
+    pub reason: String,
+    /// Whether its memory limit was the cause.
+    pub oom: bool,
+}
+
+/// Everything that one start needs.
+#[derive(Debug)]
+pub struct Launch {
+    /// The daemon.
+    pub host: Arc<Host>,
+    /// What to run.
+    pub app: Arc<App>,
+    /// Which generation this is.
+    pub generation: Generation,
+    /// Where its output is kept.
+    pub output: Arc<Output>,
+    /// Whom to tell.
+    pub supervisor: mpsc::UnboundedSender<Message>,
+    /// What the supervisor wants.
+    pub control: mpsc::UnboundedReceiver<Control>,
+}
+
+/// A container whose process exists.
+struct Made {
+    created: Created,
+    group: Arc<Group>,
+    sockets: NetSockets,
+    timing: WakeTiming,
+}
+
+impl Launch {
+    /// Lives the instance's whole life; ends when nothing of it is left.
+    pub async fn run(mut self) {
+        let container = self.container();
+        let (route, mut events) = mpsc::unbounded_channel();
+        lock(&self.host.routes).insert(container.clone(), route);
+        let deadline = Instant::now() + self.app.lifecycle.start_timeout;
+        let mut captures = Vec::new();
+
+        let end = match tokio::time::timeout_at(deadline, self.make(&mut captures)).await {
+            Ok(Ok(made)) => self.live(made, &mut events, deadline).await,
+            Ok(Err(end)) => end,
+            Err(_) => {
+                // `create` may have come to pass all the same: then it is ended like any other.
+                self.host.keeper.kill(&container, SIGKILL);
+                self.timed_out("was not made")
+            }
+        };
+
+        lock(&self.host.live).remove(&self.id());
+        lock(&self.host.routes).remove(&container);
+        self.remove_group(&container).await;
+        for capture in captures {
+            capture.finish().await;
+        }
+        self.tell(Note::Ended { generation: self.generation, end });
+    }
+
+    /// Image, cgroup, pipes, plan, process.
+    async fn make(&self, captures: &mut Vec<Capture>) -> Result<Made, End> {
+        let mut timing = WakeTiming { begun_us: unix_us(), ..WakeTiming::default() };
+        let mut clock = Laps::begin();
+
+        let image = self.host.images.resolve(&self.app.container.image).await.map_err(|e| self.cannot(&e))?;
+        clock.lap(&mut timing, "image");
+
+        let limits = Limits {
+            memory: Some(self.app.resources.memory.0),
+            pids: Some(u64::from(self.app.resources.pids)),
+        };
+        let container = self.container();
+        let group = self.host.cgroups.create(&container, &limits).map_err(|e| self.cannot(&e))?;
+        let (cgroup_tasks, cgroup_dir) = group.join_fds().map_err(|e| self.cannot(&e))?;
+        clock.lap(&mut timing, "cgroup");
+
+        let volumes = self.open_volumes().await?;
+        let (stdout, capture) =
+            self.output.capture(self.generation, "stdout").map_err(|e| self.cannot(&e))?;
+        captures.push(capture);
+        let (stderr, capture) =
+            self.output.capture(self.generation, "stderr").map_err(|e| self.cannot(&e))?;
+        captures.push(capture);
+        let plan = self.plan(timing.begun_us)?;
+        let fds = PlanFds { layers: image.fds, volumes, cgroup_tasks, cgroup_dir, stdout, stderr };
+        let created = self.host.keeper.create(plan, fds).await.map_err(|e| self.not_created(&e))?;
+        clock.lap(&mut timing, "clone");
+
+        let group = Arc::new(group);
+        let pid = created.pid;
+        let pidfd = created.pidfd.try_clone().map_err(|e| self.cannot(&e))?;
+        let sockets = self.host.netns.open(pidfd).await.map_err(|e| {
+            self.host.keeper.kill(&container, SIGKILL);
+            self.cannot(&e)
+        })?;
+        let note =
+            Note::Created { generation: self.generation, pid, group: Arc::clone(&group), image: image.id };
+        self.tell(note);
+        Ok(Made { created, group, sockets, timing })
+    }
+
+    /// From the process's birth to its end.
+    async fn live(
+        &mut self,
+        made: Made,
+        events: &mut mpsc::UnboundedReceiver<KeeperEvent>,
+        start_deadline: Instant,
+    ) -> End {
+        let container = self.container();
+        let mut execed_us = made.created.at_us;
+        let mut timing = made.timing.clone();
+        let mut failure: Option<End> = None;
+        let mut listens = false;
+        let mut kill_at: Option<Instant> = None;
+        let mut probe: Option<tokio::task::JoinHandle<std::io::Result<ready::Ready>>> = None;
+        loop {
+            let deadline = kill_at.or((!listens && failure.is_none()).then_some(start_deadline));
+            tokio::select! {
+                event = events.recv() => match event {
+                    Some(KeeperEvent::Execed { timings, notify, at_us, .. }) => {
+                        timing.steps.extend(timings.into_iter().map(step));
+                        execed_us = at_us;
+                        if !notify && let Some(port) = self.app.container.port {
+                            let sockets = made.sockets.clone();
+                            probe = Some(tokio::spawn(async move { ready::probe(&sockets, port).await }));
+                        } else if !notify {
+                            failure = Some(self.failed("cannot be told when it listens on this host; set container.port"));
+                            self.host.keeper.kill(&container, SIGKILL);
+                        }
+                    }
+                    Some(KeeperEvent::Failed { error, .. }) => {
+                        failure = Some(self.failed(&format!("could not be started: {error}")));
+                    }
+                    Some(KeeperEvent::Listening { listening, .. }) if !listens && failure.is_none() => {
+                        if only_v6_loopback(&listening) {
+                            failure = Some(self.failed("listens only on [::1]; have it listen on 127.0.0.1 or on all addresses"));
+                            self.host.keeper.kill(&container, SIGKILL);
+                        } else {
+                            listens = true;
+                            self.ready(&made, &mut timing, listening.port, execed_us, listening.at_us);
+                        }
+                    }
+                    Some(KeeperEvent::Exited { exit, .. }) => {
+                        if let Some(probe) = probe.take() { probe.abort(); }
+                        return self.ended(&made.group, exit, failure);
+                    }
+                    Some(_) => {}
+                    None => return failure.unwrap_or_else(|| self.failed("was lost: the spawner has ended")),
+                },
+                found = joined(&mut probe) => {
+                    probe = None;
+                    match (found, self.app.container.port) {
+                        (Ok(found), Some(port)) => {
+                            listens = true;
+                            self.ready(&made, &mut timing, port, execed_us, found.at_us);
+                        }
+                        (Err(error), _) => {
+                            failure = Some(self.failed(&format!("could not be probed: {error}")));
+                            self.host.keeper.kill(&container, SIGKILL);
+                        }
+                        (Ok(_), None) => {}
+                    }
+                }
+                wish = self.control.recv(), if kill_at.is_none() => match wish {
+                    Some(Control::Terminate(grace)) if handles_sigterm(made.created.pid) => {
+                        self.host.keeper.kill(&container, SIGTERM);
+                        kill_at = Some(Instant::now() + grace);
+                    }
+                    // Without a handler the kernel drops SIGTERM for the first process of a pid namespace, so
+                    // waiting would be in vain. A supervisor that is gone wants no instance.
+                    Some(Control::Terminate(_)) | None => {
+                        self.host.keeper.kill(&container, SIGKILL);
+                        kill_at = Some(Instant::now() + Duration::from_secs(5));
+                    }
+                },
+                () = sleep_until(deadline) => {
+                    if kill_at.is_none() {
+                        failure = Some(self.timed_out("does not listen"));
+                    }
+                    self.host.keeper.kill(&container, SIGKILL);
+                    kill_at = Some(Instant::now() + Duration::from_secs(5));
+                }
+            }
+        }
+    }
+
+    fn ready(&self, made: &Made, timing: &mut WakeTiming, port: u16, execed_us: u64, at_us: u64) {
+        timing.steps.push(Step { name: "app".into(), us: at_us.saturating_sub(execed_us) });
+        timing.total_us = unix_us().saturating_sub(timing.begun_us);
+        let live = Arc::new(Live {
+            id: self.id(),
+            pid: made.created.pid,
+            group: Arc::clone(&made.group),
+            sockets: made.sockets.clone(),
+            port,
+        });
+        lock(&self.host.live).insert(self.id(), Arc::clone(&live));
+        self.tell(Note::Listens { live, timing: timing.clone() });
+    }
+
+    fn plan(&self, begun_us: u64) -> Result<Plan, End> {
+        let container = &self.app.container;
+        let Some(id_base) = self.host.id_base(&self.app.name) else {
+            return Err(self.failed("could not be started: no range of user ids is left on this host"));
+        };
+        let mut env = container.env.clone();
+        let mut default = |name: &str, value: String| {
+            env.entry(name.to_owned()).or_insert(value);
+        };
+        default("PATH", DEFAULT_PATH.into());
+        default("HOME", "/".into());
+        default("HOSTNAME", self.app.name.to_string());
+        if let Some(port) = container.port {
+            default("PORT", port.to_string());
+        }
+        default("FC_APP", self.app.name.to_string());
+        default("FC_GENERATION", self.generation.to_string());
+        default("FC_WAKE_STARTED_NS", (begun_us * 1000).to_string());
+        let volumes = self.app.volumes.iter();
+        Ok(Plan {
+            id: self.container(),
+            hostname: self.app.name.to_string(),
+            argv: container.command.clone(),
+            env: env.into_iter().map(|(name, value)| format!("{name}={value}")).collect(),
+            workdir: container.workdir.clone(),
+            user: container.user.clone(),
+            port: container.port,
+            id_base,
+            upper_bytes: self.app.resources.disk.0,
+            shm_bytes: SHM_BYTES,
+            nofile: NOFILE,
+            volumes: volumes
+                .map(|v| VolumePlan { target: v.target.clone(), read_only: v.read_only })
+                .collect(),
+            staging: self.host.staging.to_string_lossy().into_owned(),
+        })
+    }
+
+    /// Opens the app's volumes beneath the DataPool. In a blocking thread: a network file system may hang.
+    async fn open_volumes(&self) -> Result<Vec<OwnedFd>, End> {
+        if self.app.volumes.is_empty() {
+            return Ok(Vec::new());
+        }
+        let Some(pool) = &self.host.datapool else {
+            return Err(self
+                .failed("has volumes, but this host has no DataPool (start the launcher with --datapool)"));
+        };
+        let pool = pool.try_clone().map_err(|e| self.cannot(&e))?;
+        let sources: Vec<String> = self.app.volumes.iter().map(|v| v.source.clone()).collect();
+        let opened = tokio::task::spawn_blocking(move || {
+            sources
+                .iter()
+                .map(|source| open_beneath(&pool, source).map_err(|e| (source.clone(), e)))
+                .collect()
+        });
+        let opened: Result<Vec<OwnedFd>, (String, std::io::Error)> =
+            opened.await.map_err(|e| self.cannot(&e))?;
+        opened.map_err(|(source, error)| {
+            self.failed(&format!(
+                "could not be started: volume \"{source}\" cannot be opened beneath the DataPool: {error}"
+            ))
+        })
+    }
+
+    async fn remove_group(&self, container: &ContainerId) {
+        let Ok(group) = self.host.cgroups.open(container) else { return };
+        // What is left in there after the first process has ended is dying already; this makes sure.
+        if let Err(error) = group.kill() {
+            tracing::warn!(container = %group.name(), %error, "ending what is left in the cgroup");
+        }
+        if let Err(error) = group.remove().await {
+            self.host.events.emit(
+                "leak",
+                Some(&self.app.name),
+                Some(self.generation),
+                format!("its cgroup could not be removed: {error}"),
+            );
+        }
+    }
+
+    fn ended(&self, group: &Group, exit: Exit, failure: Option<End>) -> End {
+        let oom = group.memory().is_ok_and(|m| m.oom_kills > 0);
+        let how = match exit {
+            Exit::Code(code) => format!("exited with status {code}"),
+            Exit::Signal(SIGKILL) if oom => {
+                format!("ran out of memory (limit {}) and was killed", self.app.resources.memory)
+            }
+            Exit::Signal(signal) => match nix::sys::signal::Signal::try_from(signal) {
+                Ok(name) => format!("was ended by {name}"),
+                Err(_) => format!("was ended by signal {signal}"),
+            },
+            Exit::Unknown => "ended; how is not known, for its spawner had died before it".to_owned(),
+        };
+        failure.unwrap_or(End { code: RefusalCode::StartFailed, reason: how, oom })
+    }
+
+    fn not_created(&self, error: &KeeperError) -> End {
+        match error {
+            KeeperError::Step { error, .. } => self.failed(&format!("could not be started: {error}")),
+            other => self.cannot(other),
+        }
+    }
+
+    fn cannot(&self, error: &dyn std::fmt::Display) -> End {
+        self.failed(&format!("could not be started: {error}"))
+    }
+
+    fn failed(&self, reason: &str) -> End {
+        End { code: RefusalCode::StartFailed, reason: reason.to_owned(), oom: false }
+    }
+
+    fn timed_out(&self, what: &str) -> End {
+        let limit = self.app.lifecycle.start_timeout;
+        let port = self.app.container.port.map_or(String::new(), |p| format!(" on port {p}"));
+        let reason = format!("{what}{port} within its start-timeout of {limit:?}");
+        End { code: RefusalCode::StartTimeout, reason, oom: false }
+    }
+
+    fn tell(&self, note: Note) {
+        // A supervisor ends only after its last instance.
+        let _ = self.supervisor.send(Message::Note(note));
+    }
+
+    fn container(&self) -> ContainerId {
+        ContainerId { app: self.app.name.to_string(), generation: self.generation.0 }
+    }
+
+    fn id(&self) -> InstanceId {
+        InstanceId { app: self.app.name.clone(), generation: self.generation }
+    }
+}
+
+/// Times the parts of a start.
+struct Laps(u64);
+
+impl Laps {
+    fn begin() -> Self {
+        Self(monotonic_us())
+    }
+
+    fn lap(&mut self, timing: &mut WakeTiming, name: &str) {
+        let now = monotonic_us();
+        timing.steps.push(Step { name: name.to_owned(), us: now.saturating_sub(self.0) });
+        self.0 = now;
+    }
+}
+
+fn step(timing: StepTiming) -> Step {
+    Step { name: timing.step, us: timing.us }
+}
+
+fn only_v6_loopback(listening: &Listening) -> bool {
+    listening.address.is_ipv6() && listening.address.is_loopback()
+}
+
+/// Whether the process catches SIGTERM (proc_pid_status(5), `SigCgt`); when that cannot be read, it is assumed.
+fn handles_sigterm(pid: i32) -> bool {
+    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else { return true };
+    let caught = status.lines().find_map(|l| l.strip_prefix("SigCgt:"));
+    caught
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_none_or(|mask| mask & (1 << (SIGTERM - 1)) != 0)
+}
+
+fn open_beneath(pool: &OwnedFd, source: &str) -> std::io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+    Ok(rustix::fs::openat2(pool, source, flags, Mode::empty(), resolve)?)
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn joined(
+    probe: &mut Option<tokio::task::JoinHandle<std::io::Result<ready::Ready>>>,
+) -> std::io::Result<ready::Ready> {
+    match probe {
+        Some(task) => task.await.unwrap_or_else(|e| Err(std::io::Error::other(e))),
+        None => std::future::pending().await,
+    }
+}
+
+/// For messages: `app.generation` in short.
+pub(crate) fn name(app: &AppName, generation: Generation) -> String {
+    format!("{app}.{generation}")
+}

@@ -1,0 +1,160 @@
+//! What an app writes to its standard output and error: the last lines, bounded, kept over its generations.
+
+use std::{
+    collections::VecDeque,
+    io,
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use cmdb::Generation;
+use launcher_client::wire::LogLine;
+use tokio::{io::AsyncReadExt, net::unix::pipe};
+
+use crate::clock::unix_ms;
+
+/// Most bytes that are kept of one app.
+const KEPT_BYTES: usize = 64 * 1024;
+/// Most lines that are kept of one app.
+const KEPT_LINES: usize = 1_000;
+/// Longer lines are cut.
+const LINE_BYTES: usize = 4 * 1024;
+/// After each full buffer the reader rests this long: an app that floods its output waits for its own pipe (at about
+/// 6 MB/s) and does not buy the daemon's CPU.
+const REST: Duration = Duration::from_millis(10);
+const BUFFER: usize = 64 * 1024;
+
+/// The kept output of one app.
+#[derive(Debug, Default)]
+pub struct Output {
+    ring: Mutex<Ring>,
+}
+
+#[derive(Debug, Default)]
+struct Ring {
+    lines: VecDeque<LogLine>,
+    bytes: usize,
+}
+
+impl Output {
+    /// Makes a pipe whose write end is for the app; what comes out of it is kept until the last writer is gone.
+    ///
+    /// # Errors
+    /// No pipe could be made (descriptors used up).
+    pub fn capture(
+        self: &Arc<Self>,
+        generation: Generation,
+        stream: &'static str,
+    ) -> io::Result<(OwnedFd, Capture)> {
+        let (write, read) = pipe::pipe()?;
+        let task = tokio::spawn(read_lines(Arc::clone(self), read, generation, stream));
+        Ok((write.into_blocking_fd()?, Capture(task)))
+    }
+
+    /// The last `count` lines, oldest first.
+    pub fn last(&self, count: usize) -> Vec<LogLine> {
+        let ring = self.lock();
+        ring.lines.iter().skip(ring.lines.len().saturating_sub(count)).cloned().collect()
+    }
+
+    /// The last line of `generation` that is not empty.
+    pub fn last_words(&self, generation: Generation) -> Option<String> {
+        let ring = self.lock();
+        let line =
+            ring.lines.iter().rev().find(|l| l.generation == generation && !l.line.trim().is_empty())?;
+        Some(line.line.clone())
+    }
+
+    fn push(&self, generation: Generation, stream: &str, bytes: &[u8]) {
+        let line = String::from_utf8_lossy(bytes).into_owned();
+        let mut ring = self.lock();
+        ring.bytes += line.len();
+        ring.lines.push_back(LogLine { generation, at_unix_ms: unix_ms(), stream: stream.to_owned(), line });
+        while ring.bytes > KEPT_BYTES || ring.lines.len() > KEPT_LINES {
+            let Some(old) = ring.lines.pop_front() else { break };
+            ring.bytes -= old.line.len();
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Ring> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The reading of one pipe. Ends by itself when the last writer is gone.
+#[derive(Debug)]
+pub struct Capture(tokio::task::JoinHandle<()>);
+
+impl Capture {
+    /// Waits until all that was written has been read, but no longer than a moment: a descriptor that leaked to
+    /// another process must not hold up the end of an instance.
+    pub async fn finish(self) {
+        let abort = self.0.abort_handle();
+        if tokio::time::timeout(Duration::from_millis(100), self.0).await.is_err() {
+            abort.abort();
+        }
+    }
+}
+
+async fn read_lines(
+    output: Arc<Output>,
+    mut pipe: pipe::Receiver,
+    generation: Generation,
+    stream: &'static str,
+) {
+    let mut buffer = vec![0u8; BUFFER];
+    let mut partial: Vec<u8> = Vec::new();
+    loop {
+        let read = match pipe.read(&mut buffer).await {
+            Ok(0) | Err(_) => break,
+            Ok(read) => read,
+        };
+        for byte in &buffer[..read] {
+            if *byte == b'\n' {
+                output.push(generation, stream, &partial);
+                partial.clear();
+            } else if partial.len() < LINE_BYTES {
+                partial.push(*byte);
+            }
+        }
+        if read == BUFFER {
+            tokio::time::sleep(REST).await;
+        }
+    }
+    if !partial.is_empty() {
+        output.push(generation, stream, &partial);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn last_words_are_kept_even_without_an_end_of_line() {
+        let output = Arc::new(Output::default());
+        let (write, capture) = output.capture(Generation(7), "stderr").unwrap();
+
+        let mut app = std::fs::File::from(write);
+        app.write_all(b"starting\nmissing database").unwrap();
+        drop(app);
+        capture.finish().await;
+
+        assert_eq!(output.last_words(Generation(7)).as_deref(), Some("missing database"));
+        assert_eq!(output.last(10).len(), 2);
+        assert_eq!(output.last_words(Generation(8)), None);
+    }
+
+    #[test]
+    fn a_flood_stays_within_its_bounds() {
+        let output = Output::default();
+        for n in 0..100_000 {
+            output.push(Generation(1), "stdout", format!("line {n}").as_bytes());
+        }
+        assert!(output.last(usize::MAX).len() <= KEPT_LINES);
+        assert_eq!(output.last(1)[0].line, "line 99999");
+    }
+}

@@ -1,0 +1,151 @@
+//! The parent's half of a creation: check, open, clone.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+use super::child::{Inheritance, become_container};
+use super::mount;
+use super::plan::{Plan, PlanFds, StepError};
+use super::process;
+use super::report::Reporter;
+use super::seccomp::Filters;
+use super::step::{About, Failure, Steps};
+use super::sys::{self, Cloned};
+use super::userns::UserNs;
+
+/// The exit code of a first process that did not get as far as exec.
+const FAILED: i32 = 125;
+
+/// All namespaces but two: user (entered late) and cgroup (left when the cgroups are joined).
+const NAMESPACES: i32 =
+    libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC | libc::CLONE_NEWNET;
+
+/// A container whose first process has been cloned; it goes on by itself up to exec.
+#[derive(Debug)]
+pub struct Started {
+    /// The first process, as the caller sees it.
+    pub pid: i32,
+    /// Refers to the first process; readable when it has ended. Close-on-exec.
+    pub pidfd: OwnedFd,
+    /// A blocking `SOCK_SEQPACKET` on which [`super::Report`]s arrive; it ends at exec. Close-on-exec.
+    pub report: OwnedFd,
+}
+
+/// Builds everything up to the clone, clones, and returns without waiting for the child.
+///
+/// Must be called by a single-threaded root process in the mount namespace to which the plan's directories belong. The
+/// first process is the caller's child (SIGCHLD) and has to be reaped. If it fails before exec, it says so on `report`
+/// and exits with 125; all that was made of the container but its cgroups ends with it.
+pub fn start(plan: &Plan, fds: PlanFds, userns: &UserNs) -> Result<Started, StepError> {
+    let mut steps = Steps::begin();
+    steps.run("check plan", || check(plan, &fds, userns))?;
+    let filters = Filters::prepared();
+    let layers = steps.run("open layers", || open_layers(&fds, userns))?;
+    let volumes = steps.run("open volumes", || open_volumes(plan, &fds, userns))?;
+    let protected = steps.run("read oom score", process::is_protected_from_oom)?;
+    let (report, reporter) = steps.run("open report socket", || {
+        let pair =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+        pair.about("socketpair")
+    })?;
+
+    let flags = u64::try_from(NAMESPACES).unwrap_or(0) | sys::CLONE_CLEAR_SIGHAND;
+    let cloned = sys::clone3(flags, libc::SIGCHLD, fds.cgroup_dir.as_ref().map(AsFd::as_fd));
+    match cloned.map_err(|error| Failure::from(error).at("clone"))? {
+        Cloned::Parent { pid, pidfd } => Ok(Started { pid, pidfd, report }),
+        Cloned::Child => {
+            let PlanFds { cgroup_tasks, stdout, stderr, .. } = fds;
+            let userns = userns.fd.as_fd();
+            let given = Inheritance {
+                plan,
+                layers,
+                volumes,
+                cgroup_tasks,
+                stdout,
+                stderr,
+                userns,
+                filters,
+                protected,
+            };
+            run_child(given, &Reporter::new(reporter), steps)
+        }
+    }
+}
+
+/// The child's life; not even a panic leads from here back into the spawner's code.
+fn run_child(given: Inheritance<'_>, reporter: &Reporter, mut steps: Steps) -> ! {
+    steps.lap("clone");
+    let error = catch_unwind(AssertUnwindSafe(|| become_container(given, reporter, steps)));
+    let error = error.unwrap_or_else(|_| Failure::new(libc::EFAULT, "a panic in the launcher").at("create"));
+    reporter.failed(error);
+    sys::exit_now(FAILED)
+}
+
+fn open_layers(fds: &PlanFds, userns: &UserNs) -> Result<Vec<OwnedFd>, Failure> {
+    let layers = fds.layers.iter().enumerate();
+    let opened = layers.map(|(index, layer)| {
+        mount::image_layer(layer.as_fd(), userns.fd.as_fd()).about(format!("layer {index}"))
+    });
+    opened.collect()
+}
+
+fn open_volumes(plan: &Plan, fds: &PlanFds, userns: &UserNs) -> Result<Vec<OwnedFd>, Failure> {
+    let volumes = plan.volumes.iter().zip(&fds.volumes);
+    let opened = volumes.map(|(volume, directory)| {
+        mount::volume(directory.as_fd(), userns.fd.as_fd(), volume.read_only).about(&volume.target)
+    });
+    opened.collect()
+}
+
+/// Refuses plans that contradict themselves or would undo the isolation. The daemon checks plans with better messages;
+/// this is the last door.
+fn check(plan: &Plan, fds: &PlanFds, userns: &UserNs) -> Result<(), Failure> {
+    let invalid = |why: &str| Err(Failure::new(libc::EINVAL, why));
+    if plan.argv.first().is_none_or(String::is_empty) {
+        return invalid("no program");
+    }
+    if fds.layers.is_empty() {
+        return invalid("no image layer");
+    }
+    if plan.volumes.len() != fds.volumes.len() {
+        return invalid("as many volumes as descriptors are needed");
+    }
+    if plan.id_base != userns.id_base {
+        return invalid("the ids are not those of the user namespace");
+    }
+    if plan.hostname.is_empty() || plan.hostname.len() > 64 || plan.hostname.contains(char::is_whitespace) {
+        return invalid("host name");
+    }
+    for volume in &plan.volumes {
+        if !is_volume_target(&volume.target) {
+            return Err(Failure::new(libc::EINVAL, format!("volume target {}", volume.target)));
+        }
+    }
+    Ok(())
+}
+
+/// An absolute path without `.` and `..`, neither the root nor anything of the kernel's file systems.
+fn is_volume_target(target: &str) -> bool {
+    let mut names = target.split('/').filter(|name| !name.is_empty()).peekable();
+    let reserved = names.peek().is_none_or(|first| ["proc", "sys", "dev"].contains(first));
+    target.starts_with('/') && !reserved && !names.any(|name| name == "." || name == "..")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volumes_go_anywhere_but_where_they_would_break_the_container() {
+        for target in ["/data", "/var/www/html/", "/developer", "/a//b", "/etc/app", "/tmp"] {
+            assert!(is_volume_target(target), "{target}");
+        }
+        for target in
+            ["", "/", "//", "data", "/proc", "/proc/1", "/sys/x", "//dev/shm", "/a/../b", "/a/./b", "/.."]
+        {
+            assert!(!is_volume_target(target), "{target}");
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! The bookkeeping of a creation: each step has a name, and leaves either its duration or its failure.
+
+use std::time::Instant;
+
+use super::plan::{StepError, StepTiming};
+
+/// What went wrong inside a step; the step's name is added by [`Steps::run`].
+#[derive(Debug)]
+pub(super) struct Failure {
+    errno: i32,
+    detail: String,
+}
+
+impl Failure {
+    /// A failure that we found ourselves, expressed as the error number that says it best.
+    pub(super) fn new(errno: i32, detail: impl Into<String>) -> Failure {
+        Failure { errno, detail: detail.into() }
+    }
+
+    /// The system's error number.
+    pub(super) fn errno(&self) -> i32 {
+        self.errno
+    }
+
+    /// Completes the failure with the name of its step.
+    pub(super) fn at(self, step: &str) -> StepError {
+        StepError { step: step.to_owned(), errno: self.errno, detail: self.detail }
+    }
+}
+
+impl From<rustix::io::Errno> for Failure {
+    fn from(errno: rustix::io::Errno) -> Failure {
+        Failure::new(errno.raw_os_error(), "")
+    }
+}
+
+impl From<nix::errno::Errno> for Failure {
+    fn from(errno: nix::errno::Errno) -> Failure {
+        Failure::new(errno as i32, "")
+    }
+}
+
+impl From<capctl::Error> for Failure {
+    fn from(error: capctl::Error) -> Failure {
+        Failure::new(error.code(), "")
+    }
+}
+
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Failure {
+        let detail = if error.raw_os_error().is_some() { String::new() } else { error.to_string() };
+        Failure::new(error.raw_os_error().unwrap_or(libc::EIO), detail)
+    }
+}
+
+/// Says what a failing call was about.
+pub(super) trait About<T> {
+    /// Adds the path or value to the failure.
+    fn about(self, detail: impl AsRef<str>) -> Result<T, Failure>;
+}
+
+impl<T, E: Into<Failure>> About<T> for Result<T, E> {
+    fn about(self, detail: impl AsRef<str>) -> Result<T, Failure> {
+        self.map_err(|error| {
+            let inner: Failure = error.into();
+            let detail = detail.as_ref();
+            let detail = if inner.detail.is_empty() {
+                detail.to_owned()
+            } else {
+                format!("{detail}: {}", inner.detail)
+            };
+            Failure { errno: inner.errno, detail }
+        })
+    }
+}
+
+/// Runs steps and remembers how long each took.
+pub(super) struct Steps {
+    lap: Instant,
+    timings: Vec<StepTiming>,
+}
+
+impl Steps {
+    /// Starts the clock of the first step.
+    pub(super) fn begin() -> Steps {
+        Steps { lap: Instant::now(), timings: Vec::with_capacity(48) }
+    }
+
+    /// Runs one step; its time includes whatever passed since the step before, so that the sum is the whole.
+    pub(super) fn run<T>(
+        &mut self,
+        name: &str,
+        step: impl FnOnce() -> Result<T, Failure>,
+    ) -> Result<T, StepError> {
+        let value = step().map_err(|failure| failure.at(name))?;
+        self.lap(name);
+        Ok(value)
+    }
+
+    /// Ends a step that is not a closure, such as the clone itself.
+    pub(super) fn lap(&mut self, name: &str) {
+        let now = Instant::now();
+        let us = u64::try_from(now.duration_since(self.lap).as_micros()).unwrap_or(u64::MAX);
+        self.timings.push(StepTiming { step: name.to_owned(), us });
+        self.lap = now;
+    }
+
+    /// The durations so far.
+    pub(super) fn timings(&self) -> &[StepTiming] {
+        &self.timings
+    }
+}

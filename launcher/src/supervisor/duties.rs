@@ -1,0 +1,310 @@
+//! What time brings: quotas, idleness, lifetimes, drains; and what configuration changes.
+
+use std::{sync::Arc, time::Duration};
+
+use cmdb::{App, Generation, Outcome, Transition};
+use launcher_client::wire::Activity;
+use tokio::time::Instant;
+
+use super::{Message, Stage, Supervisor};
+use crate::{
+    cgroup::{CpuQuota, Group},
+    instance::name,
+    ready,
+};
+
+/// The quota begins this long after the instance is ready even when no proxy has told of a first byte.
+const QUOTA_AT_LATEST: Duration = Duration::from_secs(1);
+/// An instance with a request within this time is busy: at its lifetime's end it is replaced, not just ended.
+const BUSY_WITHIN: Duration = Duration::from_secs(1);
+/// When nothing is due; any message wakes the supervisor sooner.
+const NOTHING_DUE: Duration = Duration::from_secs(3600);
+/// How long a suspect instance has to accept a connection.
+const EXAMINATION: Duration = Duration::from_secs(1);
+/// Longest time from SIGTERM to SIGKILL when the whole launcher ends.
+const END_GRACE: Duration = Duration::from_secs(3);
+
+impl Supervisor {
+    /// When the next duty is due.
+    pub(super) fn next_duty(&self) -> Instant {
+        let idle = self.app.lifecycle.idle_timeout;
+        let may_end = self.serving() > self.minimum();
+        let mut next = Instant::now() + NOTHING_DUE;
+        for running in self.running.values() {
+            let mut due = |at: Instant| next = next.min(at);
+            match &running.stage {
+                Stage::Ready { since, expires, .. } => {
+                    if !running.quota_applied {
+                        due(*since + QUOTA_AT_LATEST);
+                    }
+                    if let Some(idle) = idle.filter(|_| may_end && running.in_flight() == 0) {
+                        due(running.last_active + idle);
+                    }
+                    if let Some(expires) = expires.filter(|_| running.replacement.is_none()) {
+                        due(expires.max(self.retry_at.unwrap_or(expires)));
+                    }
+                }
+                Stage::Draining { deadline, .. } => due(*deadline),
+                Stage::Starting | Stage::Stopping { .. } => {}
+            }
+        }
+        match self.retry_at {
+            Some(retry) if self.serving() < self.minimum() || self.wants_replacement() => next.min(retry),
+            _ => next,
+        }
+    }
+
+    /// Does all that is due.
+    pub(super) async fn do_duties(&mut self) {
+        let now = Instant::now();
+        for generation in self.generations() {
+            let Some(running) = self.running.get_mut(&generation) else { continue };
+            if running.is_drained(now) {
+                let reason = running.why_ending().to_owned();
+                let grace = running.app.lifecycle.stop_timeout;
+                running.terminate(&reason, grace);
+                continue;
+            }
+            let Stage::Ready { since, expires, .. } = &running.stage else { continue };
+            let (since, expires) = (*since, *expires);
+            if !running.quota_applied && since + QUOTA_AT_LATEST <= now {
+                self.apply_quota(generation);
+            }
+            self.end_if_idle(generation, now).await;
+            if expires.is_some_and(|at| at <= now) {
+                self.end_lifetime(generation, now).await;
+            }
+        }
+        self.replace_those_that_want_it(now).await;
+        self.keep_minimum().await;
+    }
+
+    async fn end_if_idle(&mut self, generation: Generation, now: Instant) {
+        let Some(idle) = self.app.lifecycle.idle_timeout else { return };
+        let Some(running) = self.running.get(&generation) else { return };
+        let is_idle = running.is_ready() && running.in_flight() == 0 && running.last_active + idle <= now;
+        if is_idle && self.serving() > self.minimum() {
+            self.drain(generation, &format!("idle for {idle:?}")).await;
+        }
+    }
+
+    async fn end_lifetime(&mut self, generation: Generation, now: Instant) {
+        let Some(running) = self.running.get_mut(&generation).filter(|r| r.is_ready()) else { return };
+        let busy = running.in_flight() > 0 || running.last_active + BUSY_WITHIN > now;
+        if busy {
+            running.wants_replacement.get_or_insert_with(|| "its lifetime is over".to_owned());
+        } else {
+            self.drain(generation, "its lifetime is over and it is idle").await;
+        }
+    }
+
+    async fn replace_those_that_want_it(&mut self, now: Instant) {
+        if self.removed || self.ending || self.retry_at.is_some_and(|at| at > now) {
+            return;
+        }
+        for old in self.generations() {
+            let Some(running) = self.running.get(&old) else { continue };
+            let Some(reason) = running.wants_replacement.clone().filter(|_| running.is_ready()) else {
+                continue;
+            };
+            if running.replacement.is_some() {
+                continue;
+            }
+            let transition = Transition::Add {
+                node: self.host.node.clone(),
+                start_timeout_ms: self.start_timeout_ms(),
+                max: self.app.scale.max,
+                replacing: true,
+            };
+            match self.apply(transition).await {
+                Ok(Outcome::Own(generation)) => {
+                    if let Some(running) = self.running.get_mut(&old) {
+                        running.replacement = Some(generation);
+                    }
+                    self.launch(generation, Some(old), &format!("{old} is to be replaced: {reason}"));
+                }
+                // Another replacement is under way, or starts fail: this one has time.
+                Ok(_) => self.retry_at = Some(now + Duration::from_millis(500)),
+                Err(refusal) => {
+                    tracing::warn!(app = %self.app.name, %refusal, "an instance could not be replaced");
+                    self.retry_at = Some(now + Duration::from_secs(1));
+                }
+            }
+        }
+    }
+
+    /// Starts instances until `scale.min` serve.
+    pub(super) async fn keep_minimum(&mut self) {
+        let now = Instant::now();
+        while self.serving() < self.minimum() && self.retry_at.is_none_or(|at| at <= now) {
+            let transition = Transition::Add {
+                node: self.host.node.clone(),
+                start_timeout_ms: self.start_timeout_ms(),
+                max: self.app.scale.max,
+                replacing: false,
+            };
+            match self.apply(transition).await {
+                Ok(Outcome::Own(generation)) => self.launch(generation, None, "scale.min"),
+                _ => self.retry_at = Some(now + self.backoff()),
+            }
+        }
+    }
+
+    /// Takes an instance out of service; it ends when its requests have ended.
+    pub(super) async fn drain(&mut self, generation: Generation, reason: &str) {
+        let Some(running) = self.running.get(&generation) else { return };
+        if running.is_ending() {
+            return;
+        }
+        let was_ready = running.is_ready();
+        drop(self.apply(Transition::Drain { generation }).await);
+        // After the transition: a proxy that connects from now on sees the instance as draining from the start.
+        let waits_for = if was_ready { self.host.watchers.present() } else { Default::default() };
+        if let Some(running) = self.running.get_mut(&generation) {
+            running.drain(reason, waits_for);
+        }
+        self.emit("draining", generation, format!("{}: {reason}", name(&self.app.name, generation)));
+    }
+
+    pub(super) async fn drain_all(&mut self, reason: &str) {
+        for generation in self.generations() {
+            if let Some(running) = self.running.get_mut(&generation) {
+                running.asked_to_stop = true;
+            }
+            self.drain(generation, reason).await;
+        }
+    }
+
+    pub(super) fn replace_all(&mut self, reason: &str) {
+        for running in self.running.values_mut().filter(|r| r.is_ready()) {
+            running.wants_replacement.get_or_insert_with(|| reason.to_owned());
+        }
+    }
+
+    pub(super) fn terminate_all(&mut self) {
+        for running in self.running.values_mut() {
+            running.asked_to_stop = true;
+            let grace = running.app.lifecycle.stop_timeout.min(END_GRACE);
+            running.terminate("the launcher ends", grace);
+        }
+    }
+
+    pub(super) fn first_byte(&mut self, generation: Generation) {
+        if self.running.get(&generation).is_some_and(|r| !r.quota_applied) {
+            self.emit(
+                "first-byte",
+                generation,
+                format!("{} sent its first byte", name(&self.app.name, generation)),
+            );
+            self.apply_quota(generation);
+        }
+    }
+
+    pub(super) fn report(&mut self, watcher: u64, activity: &Activity) {
+        if let Some(running) = self.running.get_mut(&activity.generation) {
+            running.report(watcher, activity);
+        }
+    }
+
+    /// A proxy could not connect: see whether the instance accepts a connection of ours.
+    pub(super) fn suspect(&mut self, generation: Generation, reason: &str) {
+        let Some(running) = self.running.get_mut(&generation) else { return };
+        let Some((live, _)) = running.live().filter(|_| !running.examined) else { return };
+        running.examined = true;
+        let message = format!("a proxy could not connect to {}: {reason}", live.id);
+        self.emit("suspect", generation, message);
+        let own = self.own.clone();
+        tokio::spawn(async move {
+            let found = tokio::time::timeout(EXAMINATION, ready::probe(&live.sockets, live.port)).await;
+            let verdict = match found {
+                Ok(Ok(_)) => String::new(),
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => format!("nothing accepts connections on port {} any more", live.port),
+            };
+            let _ = own.send(Message::Deaf(generation, verdict));
+        });
+    }
+
+    /// The examination's verdict; empty: it accepts connections.
+    pub(super) async fn deaf(&mut self, generation: Generation, verdict: &str) {
+        if let Some(running) = self.running.get_mut(&generation) {
+            running.examined = false;
+        }
+        if !verdict.is_empty() {
+            self.drain(generation, verdict).await;
+        }
+    }
+
+    /// New configuration: limits change at once, what runs is replaced if it is to run differently.
+    pub(super) async fn spec(&mut self, app: Arc<App>) {
+        let old = std::mem::replace(&mut self.app, app);
+        // Back-off is about a configuration that failed; this is another one.
+        drop(self.apply(Transition::ResetBackoff).await);
+        self.retry_at = None;
+        if old.resources != self.app.resources {
+            self.apply_limits();
+        }
+        if old.container != self.app.container || old.volumes != self.app.volumes {
+            self.replace_all("its configuration changed");
+            let starting: Vec<_> = self
+                .running
+                .iter()
+                .filter(|(_, r)| matches!(r.stage, Stage::Starting))
+                .map(|(g, _)| *g)
+                .collect();
+            // What is starting the old way would never be wanted; who waits for it gets the new one.
+            for generation in starting {
+                self.drain(generation, "its configuration changed while it started").await;
+            }
+        }
+    }
+
+    fn apply_limits(&mut self) {
+        let resources = self.app.resources.clone();
+        for (generation, running) in &self.running {
+            let Some(group) = &running.group else { continue };
+            let outcome = group
+                .set_memory(resources.memory.0)
+                .and_then(|()| group.set_pids(u64::from(resources.pids)))
+                .and_then(|()| if running.quota_applied { set_quota(group, &self.app) } else { Ok(()) });
+            match outcome {
+                Ok(()) => self.emit("limits", *generation, "its limits were changed while it runs".into()),
+                Err(error) => {
+                    self.emit("limits", *generation, format!("its limits could not be changed: {error}"))
+                }
+            }
+        }
+    }
+
+    fn apply_quota(&mut self, generation: Generation) {
+        let Some(running) = self.running.get_mut(&generation) else { return };
+        running.quota_applied = true;
+        let Some(group) = running.group.clone() else { return };
+        if let Err(error) = set_quota(&group, &self.app) {
+            self.emit("limits", generation, format!("its CPU quota could not be set: {error}"));
+        }
+    }
+
+    /// Instances that serve or are about to.
+    fn serving(&self) -> u32 {
+        u32::try_from(self.running.values().filter(|r| !r.is_ending()).count()).unwrap_or(u32::MAX)
+    }
+
+    fn minimum(&self) -> u32 {
+        if self.removed || self.ending { 0 } else { self.app.scale.min }
+    }
+
+    fn wants_replacement(&self) -> bool {
+        self.running
+            .values()
+            .any(|r| r.is_ready() && r.wants_replacement.is_some() && r.replacement.is_none())
+    }
+
+    fn generations(&self) -> Vec<Generation> {
+        self.running.keys().copied().collect()
+    }
+}
+
+fn set_quota(group: &Group, app: &App) -> Result<(), crate::cgroup::CgroupError> {
+    group.set_cpu(app.resources.cpu.map_or(CpuQuota::Unlimited, |cpu| CpuQuota::from_millicores(cpu.0)))
+}

@@ -1,0 +1,232 @@
+//! What a supervisor knows of one of its instances.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+
+use cmdb::{App, Generation, State};
+use launcher_client::wire::{Activity, WakeTiming};
+use tokio::{sync::mpsc, time::Instant};
+
+use crate::{
+    cgroup::Group,
+    instance::{Control, Live},
+};
+
+/// One instance.
+#[derive(Debug)]
+pub(super) struct Running {
+    /// Where it is in its life.
+    pub(super) stage: Stage,
+    /// What it was started with.
+    pub(super) app: Arc<App>,
+    /// It takes the place of this one.
+    pub(super) replaces: Option<Generation>,
+    /// This one is to take its place.
+    pub(super) replacement: Option<Generation>,
+    /// It should be replaced, and why.
+    pub(super) wants_replacement: Option<String>,
+    /// The operator, or the end of the app or launcher, waits for its end.
+    pub(super) asked_to_stop: bool,
+    /// Its first process.
+    pub(super) pid: Option<i32>,
+    /// Its limits.
+    pub(super) group: Option<Arc<Group>>,
+    /// What it runs.
+    pub(super) image: String,
+    /// Requests that it got.
+    pub(super) requests: u64,
+    /// When it last had a request under way.
+    pub(super) last_active: Instant,
+    /// Whether its CPU quota is in force.
+    pub(super) quota_applied: bool,
+    /// Whether a proxy's suspicion is being looked into.
+    pub(super) examined: bool,
+    control: mpsc::UnboundedSender<Control>,
+    begun: Instant,
+    in_flight: HashMap<u64, u32>,
+}
+
+/// Where an instance is in its life.
+#[derive(Debug)]
+pub(super) enum Stage {
+    /// Made, not listening.
+    Starting,
+    /// Listens.
+    Ready {
+        /// The instance.
+        live: Arc<Live>,
+        /// How it came to be.
+        timing: WakeTiming,
+        /// Since when.
+        since: Instant,
+        /// When its lifetime is over.
+        expires: Option<Instant>,
+    },
+    /// Gets no new requests.
+    Draining {
+        /// Why.
+        reason: String,
+        /// Proxies that may still have requests on it.
+        waits_for: BTreeSet<u64>,
+        /// When it is ended all the same.
+        deadline: Instant,
+    },
+    /// Told to end.
+    Stopping {
+        /// Why.
+        reason: String,
+    },
+}
+
+impl Running {
+    pub(super) fn starting(
+        control: mpsc::UnboundedSender<Control>,
+        app: Arc<App>,
+        replaces: Option<Generation>,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            stage: Stage::Starting,
+            app,
+            replaces,
+            replacement: None,
+            wants_replacement: None,
+            asked_to_stop: false,
+            pid: None,
+            group: None,
+            image: String::new(),
+            requests: 0,
+            last_active: now,
+            quota_applied: false,
+            examined: false,
+            control,
+            begun: now,
+            in_flight: HashMap::new(),
+        }
+    }
+
+    pub(super) fn created(&mut self, pid: i32, group: Arc<Group>, image: String) {
+        self.pid = Some(pid);
+        self.group = Some(group);
+        self.image = image;
+    }
+
+    pub(super) fn ready(&mut self, live: Arc<Live>, timing: WakeTiming) {
+        let since = Instant::now();
+        let expires =
+            self.app.lifecycle.lifetime.map(|lifetime| since + jittered(lifetime, live.id.generation));
+        self.last_active = since;
+        self.stage = Stage::Ready { live, timing, since, expires };
+    }
+
+    /// The instance and how it came to be, while it is ready.
+    pub(super) fn live(&self) -> Option<(Arc<Live>, WakeTiming)> {
+        match &self.stage {
+            Stage::Ready { live, timing, .. } => Some((Arc::clone(live), timing.clone())),
+            _ => None,
+        }
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        matches!(self.stage, Stage::Ready { .. })
+    }
+
+    pub(super) fn is_ending(&self) -> bool {
+        matches!(self.stage, Stage::Draining { .. } | Stage::Stopping { .. })
+    }
+
+    pub(super) fn why_ending(&self) -> &str {
+        match &self.stage {
+            Stage::Draining { reason, .. } | Stage::Stopping { reason } => reason,
+            Stage::Starting | Stage::Ready { .. } => "",
+        }
+    }
+
+    /// As `ps` shows it. One that was told to end shows as draining: it gets nothing and is on its way out.
+    pub(super) fn state(&self) -> State {
+        match self.stage {
+            Stage::Starting => State::Starting,
+            Stage::Ready { .. } => State::Ready,
+            Stage::Draining { .. } | Stage::Stopping { .. } => State::Draining,
+        }
+    }
+
+    pub(super) fn drain(&mut self, reason: &str, waits_for: BTreeSet<u64>) {
+        let deadline = Instant::now() + self.app.lifecycle.drain_timeout;
+        self.stage = Stage::Draining { reason: reason.to_owned(), waits_for, deadline };
+    }
+
+    /// Whether a draining instance has nothing left to wait for.
+    pub(super) fn is_drained(&self, now: Instant) -> bool {
+        match &self.stage {
+            Stage::Draining { waits_for, deadline, .. } => waits_for.is_empty() || *deadline <= now,
+            _ => false,
+        }
+    }
+
+    /// Tells it to end; SIGKILL follows after `grace`.
+    pub(super) fn terminate(&mut self, reason: &str, grace: Duration) {
+        if !matches!(self.stage, Stage::Stopping { .. }) {
+            self.stage = Stage::Stopping { reason: reason.to_owned() };
+            // A closed channel: the task is ending already and will report.
+            let _ = self.control.send(Control::Terminate(grace));
+        }
+    }
+
+    pub(super) fn report(&mut self, watcher: u64, activity: &Activity) {
+        self.requests += u64::from(activity.requests);
+        self.in_flight.insert(watcher, activity.in_flight);
+        if activity.requests > 0 || activity.in_flight > 0 {
+            self.last_active = Instant::now();
+        }
+    }
+
+    pub(super) fn quiesced(&mut self, watcher: u64) {
+        self.in_flight.remove(&watcher);
+        if let Stage::Draining { waits_for, .. } = &mut self.stage {
+            waits_for.remove(&watcher);
+        }
+    }
+
+    pub(super) fn watcher_came(&mut self, watcher: u64) {
+        if let Stage::Draining { waits_for, .. } = &mut self.stage {
+            waits_for.insert(watcher);
+        }
+    }
+
+    pub(super) fn watcher_gone(&mut self, watcher: u64) {
+        self.quiesced(watcher);
+    }
+
+    /// Requests under way, over all proxies.
+    pub(super) fn in_flight(&self) -> u32 {
+        self.in_flight.values().fold(0, |sum, n| sum.saturating_add(*n))
+    }
+
+    pub(super) fn age(&self) -> Duration {
+        self.begun.elapsed()
+    }
+}
+
+/// ±10 % of the lifetime, so that instances born together do not end together; fixed by the generation.
+fn jittered(lifetime: Duration, generation: Generation) -> Duration {
+    let scattered = generation.0.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+    let share = u32::try_from(scattered % 201).unwrap_or(100);
+    lifetime * (900 + share) / 1000
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lifetimes_differ_by_no_more_than_a_tenth() {
+        let lifetime = Duration::from_secs(100);
+        let all: BTreeSet<_> = (0..50).map(|n| jittered(lifetime, Generation(1_000 + n))).collect();
+        assert!(all.len() > 25, "{all:?}");
+        assert!(all.iter().all(|l| (90..=110).contains(&l.as_secs())), "{all:?}");
+    }
+}

@@ -1,0 +1,72 @@
+//! What `ps` shows of an app.
+
+use std::time::Duration;
+
+use cmdb::{App, AppRecord};
+use launcher_client::wire::Status;
+use tokio::time::Instant;
+
+use super::{Running, Supervisor};
+use crate::clock::unix_ms;
+
+impl Supervisor {
+    /// A line for each instance, or one that says that there is none.
+    pub(super) fn status(&self) -> Vec<Status> {
+        if self.running.is_empty() {
+            let record = self.host.store.get(&self.app.name).map(|(_, record)| record);
+            return vec![absent(&self.app, record.as_deref())];
+        }
+        self.running.iter().map(|(generation, running)| self.line(*generation, running)).collect()
+    }
+
+    fn line(&self, generation: cmdb::Generation, running: &Running) -> Status {
+        let group = running.group.as_deref();
+        let memory = group.and_then(|g| g.memory().ok());
+        let mut status = absent(&self.app, None);
+        status.generation = Some(generation);
+        status.state = running.state().as_str().to_owned();
+        running.why_ending().clone_into(&mut status.reason);
+        status.pid = running.pid;
+        status.port = running.live().map(|(live, _)| live.port);
+        status.age_ms = Some(ms(running.age()));
+        status.in_flight = running.in_flight();
+        status.idle_ms =
+            Some(if status.in_flight > 0 { 0 } else { ms(Instant::now() - running.last_active) });
+        status.requests = running.requests;
+        status.cpu_us = group.and_then(|g| g.cpu_stat().ok()).map(|s| s.usage_us);
+        status.cpu_limit = self.app.resources.cpu.filter(|_| running.quota_applied).map(|c| c.0);
+        status.memory_bytes = memory.map(|m| m.current);
+        status.memory_limit = memory.and_then(|m| m.limit);
+        status.pids = group.and_then(|g| g.pids_current().ok());
+        status.image.clone_from(&running.image);
+        status
+    }
+}
+
+/// The line of an app without an instance.
+pub(crate) fn absent(app: &App, record: Option<&AppRecord>) -> Status {
+    let waits = record.filter(|r| r.backoff_until_ms > unix_ms());
+    Status {
+        app: app.name.clone(),
+        server_names: app.server_names.iter().map(ToString::to_string).collect(),
+        generation: None,
+        state: if waits.is_some() { Status::BACKING_OFF } else { Status::ABSENT }.to_owned(),
+        reason: record.map_or(String::new(), |r| r.last_failure.clone()),
+        pid: None,
+        port: None,
+        age_ms: None,
+        idle_ms: None,
+        in_flight: 0,
+        requests: 0,
+        cpu_us: None,
+        cpu_limit: None,
+        memory_bytes: None,
+        memory_limit: None,
+        pids: None,
+        image: app.container.image.clone(),
+    }
+}
+
+fn ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

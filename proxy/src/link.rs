@@ -1,0 +1,321 @@
+//! The connection to the launcher: the watch that feeds the cache, wakes, sockets, and what the launcher is told. It runs
+//! on a runtime of its own, so that no request's future owns a wake (law 5) and no busy request delays one.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::Ordering::{Relaxed, SeqCst},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use cmdb::{AppName, Change, Generation};
+use launcher_client::{
+    Client, ClientError,
+    wire::{Activity, RefusalCode, Request},
+};
+use pingora::{server::ShutdownWatch, services::background::BackgroundService};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, MissedTickBehavior, sleep, timeout},
+};
+
+use crate::{
+    memory,
+    pages::Fault,
+    tenant::{AppRuntime, House},
+    upstream::{Stock, Upstream},
+};
+
+/// How often the launcher hears what instances do.
+const REPORT_EVERY: Duration = Duration::from_millis(250);
+/// Sockets that come along with a wake.
+const WAKE_SOCKETS: u32 = 16;
+/// Most reports in one packet.
+const REPORT_CHUNK: usize = 256;
+
+/// What the rest of the proxy asks of the link.
+#[derive(Debug)]
+pub enum Command {
+    /// Have an instance ready.
+    Wake(Arc<AppRuntime>),
+    /// Fetch sockets.
+    Refill(Arc<Stock>),
+    /// An instance answered for the first time.
+    FirstByte {
+        /// Its app.
+        app: AppName,
+        /// Its generation.
+        generation: Generation,
+    },
+    /// Connecting to an instance failed.
+    Suspect {
+        /// Its app.
+        app: AppName,
+        /// Its generation.
+        generation: Generation,
+        /// The error in words.
+        reason: String,
+    },
+    /// A draining instance has no request of ours.
+    Quiesced {
+        /// Its app.
+        app: AppName,
+        /// Its generation.
+        generation: Generation,
+    },
+}
+
+/// The link as a Pingora background service.
+#[derive(Debug)]
+pub struct Link {
+    house: Arc<House>,
+    /// Taken by the service when it starts.
+    commands: Mutex<Option<mpsc::UnboundedReceiver<Command>>>,
+}
+
+/// The connection of the moment, for tasks that need one.
+type Line = watch::Receiver<Option<Client>>;
+
+impl Link {
+    /// `commands` is what [`House::new`] gave.
+    #[must_use]
+    pub fn new(house: Arc<House>, commands: mpsc::UnboundedReceiver<Command>) -> Self {
+        Self { house, commands: Mutex::new(Some(commands)) }
+    }
+
+    /// Runs until the runtime ends. `shutdown` begins the end: see [`end_of_grace`].
+    pub async fn run(&self, shutdown: ShutdownWatch) {
+        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(commands) = commands else { return };
+        memory::recall(&self.house);
+        let (sender, line) = watch::channel(None);
+        tokio::join!(
+            follow(&self.house, sender),
+            obey(commands, line.clone()),
+            report(&self.house, line),
+            end_of_grace(&self.house, shutdown),
+            memory::keep(&self.house),
+        );
+    }
+}
+
+#[async_trait]
+impl BackgroundService for Link {
+    async fn start(&self, shutdown: ShutdownWatch) {
+        self.run(shutdown).await;
+    }
+}
+
+/// Keeps a connection, and the cache in step with the launcher's CMDB.
+async fn follow(house: &Arc<House>, line: watch::Sender<Option<Client>>) {
+    let path = house.config.state.launcher_socket();
+    let mut pause = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
+    loop {
+        let watching = async {
+            let client = Client::connect(&path).await?;
+            let changes = client.watch(true).await?;
+            Ok::<_, ClientError>((client, changes))
+        };
+        match watching.await {
+            Ok((client, mut changes)) => {
+                tracing::info!(path = %path.display(), "connected to the launcher");
+                house.linked.store(true, SeqCst);
+                line.send_replace(Some(client));
+                house.admit(|cache| cache.begin_sync());
+                while let Some(change) = changes.recv().await {
+                    let synced = matches!(change, Change::Synced);
+                    house.admit(|cache| cache.apply(change));
+                    if synced {
+                        pause.reset();
+                        house.informed.store(true, SeqCst);
+                        // A launcher that has just come has not heard what was said to the one before.
+                        house
+                            .apps()
+                            .iter()
+                            .flat_map(|app| app.upstreams())
+                            .for_each(|one| one.repeat_quiesced());
+                    }
+                }
+                house.linked.store(false, SeqCst);
+                line.send_replace(None);
+                tracing::warn!("the launcher went away; warm apps are served on");
+            }
+            Err(error) => tracing::debug!(%error, "the launcher cannot be reached"),
+        }
+        sleep(pause.next()).await;
+    }
+}
+
+/// Carries out commands, each in a task of its own.
+async fn obey(mut commands: mpsc::UnboundedReceiver<Command>, line: Line) {
+    while let Some(command) = commands.recv().await {
+        match command {
+            Command::Wake(app) => {
+                tokio::spawn(wake(app, line.clone()));
+            }
+            Command::Refill(stock) => {
+                tokio::spawn(refill(stock, line.clone()));
+            }
+            Command::FirstByte { app, generation } => {
+                tell(&line, Request::FirstByte { app, generation }).await
+            }
+            Command::Suspect { app, generation, reason } => {
+                tell(&line, Request::Suspect { app, generation, reason }).await;
+            }
+            Command::Quiesced { app, generation } => tell(&line, Request::Quiesced { app, generation }).await,
+        }
+    }
+}
+
+/// Wakes an app for all who wait. Single: `AppRuntime::knock` starts no second one before this has ended.
+async fn wake(app: Arc<AppRuntime>, mut line: Line) {
+    let mut pause = Backoff::new(Duration::from_millis(10), Duration::from_millis(500));
+    let begun = Instant::now();
+    // Nobody waits any more: nobody needs the next attempt.
+    while !app.room.is_empty() {
+        let Some(client) = connection(&mut line).await else { continue };
+        match client.wake(&app.name, WAKE_SOCKETS).await {
+            Ok(woken) => {
+                if app.woken(woken) {
+                    break;
+                }
+            }
+            Err(ClientError::Refused(refusal)) => {
+                // The launcher may learn of a new app a moment after this proxy did, or have begun to end an instance.
+                let race = matches!(refusal.code, RefusalCode::UnknownApp | RefusalCode::UnknownInstance);
+                if !race || begun.elapsed() > Duration::from_secs(2) {
+                    tracing::info!(app = %app.name, code = %refusal.code, reason = %refusal.message, "not woken");
+                    app.refuse(&Fault::of_refusal(&refusal));
+                    break;
+                }
+            }
+            Err(error) => tracing::debug!(app = %app.name, %error, "the wake got no answer; trying again"),
+        }
+        sleep(pause.next()).await;
+    }
+    app.wake_ended();
+}
+
+async fn refill(stock: Arc<Stock>, mut line: Line) {
+    let mut pause = Backoff::new(Duration::from_millis(10), Duration::from_millis(500));
+    while !stock.is_closed() {
+        let Some(client) = connection(&mut line).await else { continue };
+        match client.sockets(&stock.app, stock.generation, stock.batch()).await {
+            Ok(sockets) => {
+                stock.put(sockets);
+                break;
+            }
+            Err(ClientError::Refused(refusal)) if refusal.code == RefusalCode::UnknownInstance => {
+                stock.close();
+                break;
+            }
+            Err(error) => {
+                tracing::debug!(app = %stock.app, generation = %stock.generation, %error, "no sockets; trying again");
+            }
+        }
+        sleep(pause.next()).await;
+    }
+    stock.refilled();
+}
+
+/// The connection, waited for a second at most, so that the caller can see whether it is still wanted.
+async fn connection(line: &mut Line) -> Option<Client> {
+    match timeout(Duration::from_secs(1), line.wait_for(Option::is_some)).await {
+        Ok(Ok(client)) => client.clone(),
+        _ => None,
+    }
+}
+
+async fn tell(line: &Line, request: Request) {
+    let client = line.borrow().clone();
+    // Without a connection there is nobody to tell; a new launcher learns what matters after the resync.
+    if let Some(client) = client
+        && let Err(error) = client.tell(request).await
+    {
+        tracing::debug!(%error, "the launcher was not told");
+    }
+}
+
+/// Tells the launcher what instances did, and lets apps with waiting requests go on.
+async fn report(house: &Arc<House>, line: Line) {
+    let mut active: HashMap<(AppName, Generation), Arc<Upstream>> = HashMap::new();
+    let mut ticks = tokio::time::interval(REPORT_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        while let Some(upstream) = house.active.pop() {
+            active.insert((upstream.app.clone(), upstream.generation), upstream);
+        }
+        let mut activity = Vec::new();
+        active.retain(|_, upstream| {
+            let what = activity_of(upstream);
+            let quiet = what.in_flight == 0 && what.requests == 0;
+            if quiet {
+                // A request that comes right now puts it on the list again.
+                upstream.listed.store(false, SeqCst);
+                if upstream.in_flight() != 0 || upstream.requests.load(Relaxed) != 0 {
+                    upstream.listed.store(true, SeqCst);
+                    return true;
+                }
+            }
+            // Also once when it has become quiet: the launcher would count its last requests as under way for ever.
+            activity.push(what);
+            !quiet
+        });
+        let mut rest = activity.into_iter().peekable();
+        while rest.peek().is_some() {
+            let activity = rest.by_ref().take(REPORT_CHUNK).collect();
+            tell(&line, Request::Report { activity }).await;
+        }
+        if house.seats.taken() > 0 {
+            house.apps().iter().filter(|app| !app.room.is_empty()).for_each(|app| app.tick());
+        }
+    }
+}
+
+fn activity_of(upstream: &Upstream) -> Activity {
+    let (sum, count) = (upstream.first_byte_sum_us.swap(0, Relaxed), upstream.first_bytes.swap(0, Relaxed));
+    Activity {
+        app: upstream.app.clone(),
+        generation: upstream.generation,
+        in_flight: upstream.in_flight(),
+        requests: upstream.requests.swap(0, Relaxed),
+        first_byte_us: sum.checked_div(u64::from(count)).unwrap_or(0),
+    }
+}
+
+/// After SIGTERM held requests may still be answered; shortly before the grace ends those that are left get a 503 rather
+/// than a closed connection.
+async fn end_of_grace(house: &Arc<House>, mut shutdown: ShutdownWatch) {
+    // An error means that the server itself is gone.
+    let _ = shutdown.wait_for(|begun| *begun).await;
+    sleep(house.config.grace.saturating_sub(Duration::from_secs(1))).await;
+    house.stopping.store(true, SeqCst);
+    house.apps().iter().for_each(|app| app.refuse(&Fault::Stopping));
+}
+
+/// Pauses that double from `first` to `most`, with jitter so that many do not come at once.
+struct Backoff {
+    first: Duration,
+    most: Duration,
+    pause: Duration,
+}
+
+impl Backoff {
+    fn new(first: Duration, most: Duration) -> Self {
+        Self { first, most, pause: first }
+    }
+
+    fn next(&mut self) -> Duration {
+        let pause = self.pause;
+        self.pause = (pause * 2).min(self.most);
+        pause.mul_f64(0.5 + fastrand::f64() / 2.0)
+    }
+
+    fn reset(&mut self) {
+        self.pause = self.first;
+    }
+}

@@ -1,0 +1,292 @@
+//! What a client is told when there is no response of the app: a status, a short page, and when to come again.
+
+use std::fmt::Write as _;
+
+use bytes::Bytes;
+use http::{HeaderName, StatusCode, header};
+use launcher_client::wire::{Refusal, RefusalCode};
+use pingora::{
+    Error, ErrorType,
+    http::{RequestHeader, ResponseHeader},
+    proxy::Session,
+};
+
+/// Why a request is not answered by the app.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Fault {
+    /// The request breaks HTTP, or could be understood in two ways.
+    BadRequest(&'static str),
+    /// No app has this host name.
+    UnknownHost,
+    /// The app ended before it listened; the words are fit for its visitors.
+    StartFailed(String),
+    /// The app did not listen in time.
+    StartTimeout,
+    /// Its starts failed lately.
+    Backoff {
+        /// Seconds until the next start.
+        retry_after: u64,
+    },
+    /// The host has no room.
+    Busy,
+    /// Too many wait already.
+    QueueFull,
+    /// It waited as long as the app allows.
+    HoldTimeout,
+    /// The launcher cannot be reached.
+    LauncherGone,
+    /// The proxy is ending.
+    Stopping,
+    /// The app broke off before it answered.
+    NoAnswer,
+    /// The app was silent for too long.
+    TooSlow,
+    /// A fault of the proxy or the launcher.
+    Internal,
+}
+
+impl Fault {
+    /// What a refused wake means for those who wait.
+    #[must_use]
+    pub fn of_refusal(refusal: &Refusal) -> Self {
+        match refusal.code {
+            RefusalCode::StartFailed => Self::StartFailed(for_visitors(&refusal.message)),
+            RefusalCode::StartTimeout => Self::StartTimeout,
+            RefusalCode::Backoff => {
+                Self::Backoff { retry_after: refusal.retry_after_ms.unwrap_or(1_000).div_ceil(1_000).max(1) }
+            }
+            RefusalCode::Busy => Self::Busy,
+            RefusalCode::UnknownApp => Self::UnknownHost,
+            RefusalCode::UnknownInstance
+            | RefusalCode::Forbidden
+            | RefusalCode::BadRequest
+            | RefusalCode::Internal => Self::Internal,
+        }
+    }
+
+    /// The status of the response.
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::BadRequest(_) => StatusCode::BAD_REQUEST,
+            Self::UnknownHost => StatusCode::NOT_FOUND,
+            Self::StartFailed(_) | Self::NoAnswer => StatusCode::BAD_GATEWAY,
+            Self::StartTimeout | Self::HoldTimeout | Self::TooSlow => StatusCode::GATEWAY_TIMEOUT,
+            Self::Backoff { .. } | Self::Busy | Self::QueueFull | Self::LauncherGone | Self::Stopping => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
+            Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// As written in the access log.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::BadRequest(_) => "bad-request",
+            Self::UnknownHost => "unknown-host",
+            Self::StartFailed(_) => "start-failed",
+            Self::StartTimeout => "start-timeout",
+            Self::Backoff { .. } => "backoff",
+            Self::Busy => "busy",
+            Self::QueueFull => "queue-full",
+            Self::HoldTimeout => "hold-timeout",
+            Self::LauncherGone => "launcher-unreachable",
+            Self::Stopping => "stopping",
+            Self::NoAnswer => "no-answer",
+            Self::TooSlow => "too-slow",
+            Self::Internal => "internal",
+        }
+    }
+
+    /// Seconds after which it makes sense to try again.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<u64> {
+        match self {
+            Self::Backoff { retry_after } => Some(*retry_after),
+            Self::Busy | Self::QueueFull | Self::LauncherGone | Self::Stopping => Some(1),
+            _ => None,
+        }
+    }
+
+    /// As Pingora carries it from a phase to the page.
+    #[must_use]
+    pub fn into_error(self) -> Box<Error> {
+        Error::explain(ErrorType::HTTPStatus(self.status().as_u16()), self.code())
+    }
+
+    fn words(&self, app: Option<&str>) -> String {
+        let app = app.map_or_else(|| "The app".to_owned(), |name| format!("The app \u{201c}{name}\u{201d}"));
+        match self {
+            Self::BadRequest(why) => format!("The request cannot be served: {why}."),
+            Self::UnknownHost => "No app answers to this host name here.".to_owned(),
+            Self::StartFailed(what) => format!("{app} could not be started: {what}."),
+            Self::StartTimeout => format!("{app} was started, but did not begin to listen in time."),
+            Self::Backoff { retry_after } => {
+                format!("{app} failed to start several times; the next attempt is in {retry_after} s.")
+            }
+            Self::Busy => "This host is busy; please try again in a moment.".to_owned(),
+            Self::QueueFull => format!("{app} has too many waiting visitors; please try again in a moment."),
+            Self::HoldTimeout => format!("{app} had no free instance in time."),
+            Self::LauncherGone => format!("{app} cannot be started just now; please try again in a moment."),
+            Self::Stopping => "This server is being restarted; please try again in a moment.".to_owned(),
+            Self::NoAnswer => format!("{app} broke off without an answer."),
+            Self::TooSlow => format!("{app} took too long to answer."),
+            Self::Internal => "Something went wrong on our side.".to_owned(),
+        }
+    }
+}
+
+/// Writes the page for `fault`. `app` and `request_id` are shown on it.
+///
+/// # Errors
+/// The client's connection.
+pub async fn write(
+    session: &mut Session,
+    fault: &Fault,
+    app: Option<&str>,
+    request_id: &str,
+) -> pingora::Result<()> {
+    let (header, body) = render(session.req_header(), fault, app, request_id)?;
+    let with_body = session.req_header().method != http::Method::HEAD;
+    session.write_error_response(header, if with_body { body } else { Bytes::new() }).await?;
+    if !session.is_body_empty() {
+        // Closing with unread data would reset the connection before the client has read the page.
+        session.set_total_drain_timeout(Some(std::time::Duration::from_secs(1)));
+        let _ = session.drain_request_body().await;
+    }
+    Ok(())
+}
+
+fn render(
+    request: &RequestHeader,
+    fault: &Fault,
+    app: Option<&str>,
+    request_id: &str,
+) -> pingora::Result<(ResponseHeader, Bytes)> {
+    let status = fault.status();
+    let title = status.canonical_reason().unwrap_or("Error");
+    let words = fault.words(app);
+    let html = accepts_html(request);
+    let body = if html {
+        format!(
+            "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\
+             <title>{code} {title}</title><style>body{{font:16px/1.5 system-ui,sans-serif;max-width:34em;margin:18vh auto;padding:0 1.5em;\
+             color:#223;background:#fafafc}}h1{{font-size:1.4em}}small{{color:#889}}@media(prefers-color-scheme:dark){{body{{color:#dde;background:#15161c}}}}</style>\
+             <h1>{code} {title}</h1><p>{words}</p><small>{id}</small></html>\n",
+            code = status.as_u16(),
+            words = escaped(&words),
+            id = escaped(request_id),
+        )
+    } else {
+        format!("{} {title}\n{words}\n{request_id}\n", status.as_u16())
+    };
+    let mut header = ResponseHeader::build(status, Some(6))?;
+    header.insert_header(
+        header::CONTENT_TYPE,
+        if html { "text/html; charset=utf-8" } else { "text/plain; charset=utf-8" },
+    )?;
+    header.insert_header(header::CONTENT_LENGTH, body.len())?;
+    header.insert_header(header::CACHE_CONTROL, "no-store")?;
+    header.insert_header(HeaderName::from_static("x-request-id"), request_id)?;
+    if let Some(seconds) = fault.retry_after() {
+        header.insert_header(header::RETRY_AFTER, seconds)?;
+    }
+    Ok((header, body.into()))
+}
+
+fn accepts_html(request: &RequestHeader) -> bool {
+    request
+        .headers
+        .get_all(header::ACCEPT)
+        .iter()
+        .any(|value| value.to_str().is_ok_and(|value| value.to_ascii_lowercase().contains("text/html")))
+}
+
+fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for char in text.chars() {
+        match char {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '"' => out.push_str("&quot;"),
+            '\'' => out.push_str("&#39;"),
+            other if other.is_control() => {
+                let _ = write!(out, "&#xfffd;");
+            }
+            other => out.push(other),
+        }
+    }
+    out
+}
+
+/// What of the launcher's words may be shown to visitors: how the process ended, and nothing of paths or output.
+fn for_visitors(message: &str) -> String {
+    let clause = message.split(';').next().unwrap_or_default().trim().trim_end_matches('.');
+    let safe = [
+        "exited",
+        "it exited",
+        "was killed",
+        "it was killed",
+        "killed by",
+        "ended",
+        "it ended",
+        "ran out of memory",
+        "it ran out",
+    ]
+    .iter()
+    .any(|begin| clause.starts_with(begin));
+    let plain = clause
+        .chars()
+        .all(|char| char.is_ascii_alphanumeric() || matches!(char, ' ' | '(' | ')' | '-' | ',' | '.'));
+    if safe && plain && clause.len() <= 120 {
+        clause.to_owned()
+    } else {
+        "it ended before it listened".to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(accept: &str) -> RequestHeader {
+        let mut request = RequestHeader::build("GET", b"/", None).unwrap();
+        request.insert_header("accept", accept).unwrap();
+        request
+    }
+
+    #[test]
+    fn browsers_get_html_and_others_text() {
+        let (header, body) =
+            render(&request("text/html,*/*"), &Fault::QueueFull, Some("blog"), "id1").unwrap();
+        assert_eq!(header.status, 503);
+        assert_eq!(header.headers["retry-after"], "1");
+        assert_eq!(header.headers["cache-control"], "no-store");
+        assert!(header.headers["content-type"].to_str().unwrap().starts_with("text/html"));
+        assert!(std::str::from_utf8(&body).unwrap().contains("blog"));
+        let (header, body) = render(&request("*/*"), &Fault::UnknownHost, None, "id1").unwrap();
+        assert_eq!(header.status, 404);
+        assert!(!header.headers.contains_key("retry-after"));
+        assert!(std::str::from_utf8(&body).unwrap().starts_with("404 Not Found\n"));
+    }
+
+    #[test]
+    fn nothing_hostile_reaches_a_page() {
+        let fault = Fault::StartFailed("<script>&'\"\n".into());
+        let (_, body) = render(&request("text/html"), &fault, Some("a<b"), "x<y").unwrap();
+        let body = std::str::from_utf8(&body).unwrap();
+        assert!(!body.contains("<script>") && !body.contains("a<b") && !body.contains("x<y"), "{body}");
+    }
+
+    #[test]
+    fn visitors_learn_how_the_app_ended_and_nothing_else() {
+        assert_eq!(
+            for_visitors("exited with status 3 before it listened; last line: DB password is x"),
+            "exited with status 3 before it listened"
+        );
+        assert_eq!(for_visitors("cannot execute /srv/secret: ENOENT"), "it ended before it listened");
+        assert_eq!(for_visitors("exited: /srv/secret"), "it ended before it listened");
+    }
+}

@@ -1,0 +1,98 @@
+//! Waiting for an instance: bounded, fair, and left at once when the client leaves. The body stays unread in the socket.
+
+use std::{
+    sync::{Arc, atomic::Ordering::SeqCst},
+    time::Duration,
+};
+
+use pingora::{Error, ErrorType, proxy::Session};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::Ctx;
+use crate::{
+    measure::Part,
+    pages::Fault,
+    tenant::{Answer, AppRuntime, Lease},
+};
+
+/// How often a client whose body must not be touched is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// `TCP_ESTABLISHED`: neither side has closed.
+const ESTABLISHED: u8 = 1;
+
+/// Waits for a place on an instance.
+///
+/// # Errors
+/// The fault that is noted in `ctx`, or that the client has left.
+pub async fn hold(session: &mut Session, ctx: &mut Ctx, app: &Arc<AppRuntime>) -> pingora::Result<Lease> {
+    ctx.watch.enter(Part::Hold);
+    ctx.held = true;
+    let hold = app.spec.load().hold.clone();
+    let before = app.last_wake.load().0;
+    let deadline = Instant::from_std(ctx.watch.begun() + hold.timeout);
+    let Ok(mut place) = app.room.enter(hold.queue as usize, &app.house().seats) else {
+        return Err(ctx.fail(Fault::QueueFull));
+    };
+    app.knock();
+    let answer = tokio::select! {
+        biased;
+        answer = place.answer() => answer,
+        error = client_left(session) => return Err(error),
+        () = sleep_until(deadline) => {
+            let linked = app.house().linked.load(SeqCst);
+            return Err(ctx.fail(if linked { Fault::HoldTimeout } else { Fault::LauncherGone }));
+        }
+    };
+    match answer {
+        Some(Answer::Lease(lease)) => {
+            let wake = app.last_wake.load();
+            ctx.cold = wake.0 != before && wake.0 == lease.upstream.generation && !wake.1.warm;
+            Ok(lease)
+        }
+        Some(Answer::Refused(fault)) => Err(ctx.fail(fault)),
+        None => Err(ctx.fail(Fault::Internal)),
+    }
+}
+
+/// A pause before the next attempt to connect, which grows with each; ends early when the client leaves.
+///
+/// # Errors
+/// The app's hold timeout has passed, or the client has left.
+pub async fn pause(session: &mut Session, ctx: &mut Ctx, app: &AppRuntime) -> pingora::Result<()> {
+    ctx.watch.enter(Part::Hold);
+    let pause = Duration::from_millis(5 << ctx.unconnected.saturating_sub(1).min(7));
+    let deadline = ctx.watch.begun() + app.spec.load().hold.timeout;
+    if deadline <= ctx.watch.since() + pause {
+        return Err(ctx.fail(Fault::HoldTimeout));
+    }
+    tokio::select! {
+        () = sleep(pause) => Ok(()),
+        error = client_left(session) => Err(error),
+    }
+}
+
+/// Resolves when the client has left.
+async fn client_left(session: &mut Session) -> Box<Error> {
+    let readable = session.is_http2() || session.is_body_empty();
+    if readable {
+        // Nothing is to be expected from the client, so that reading takes nothing away.
+        return match session.read_body_or_idle(true).await {
+            Err(error) => error.into_down(),
+            Ok(_) => gone(),
+        };
+    }
+    // Reading would take a piece of the body away; the kernel knows whether the client has closed. (It does not while a
+    // body larger than the socket's buffers is under way; then the place is kept until the deadline.)
+    loop {
+        sleep(LOOK_EVERY).await;
+        let digest = session.digest().and_then(|digest| digest.socket_digest.as_ref());
+        let state = digest.and_then(|digest| digest.tcp_info()).map(|info| info.tcpi_state);
+        if state.is_some_and(|state| state != ESTABLISHED) {
+            return gone();
+        }
+    }
+}
+
+fn gone() -> Box<Error> {
+    Error::explain(ErrorType::ConnectionClosed, "the client left while it waited").into_down()
+}

@@ -1,0 +1,46 @@
+//! The record of a request, for the access log and for `why`.
+
+use std::time::SystemTime;
+
+use http::header;
+use pingora::{Error, proxy::Session};
+
+use super::{Ctx, client_ip};
+use crate::{
+    telemetry::{Record, header_of, host_of},
+    tenant::House,
+};
+
+/// Takes the request down. The place on the instance is given back.
+pub fn log(house: &House, session: &Session, error: Option<&Error>, ctx: &mut Ctx) {
+    ctx.lease = None;
+    ctx.watch.stop();
+    let request = session.req_header();
+    let error = match (&ctx.fault, error) {
+        (Some(fault), _) => fault.code(),
+        (None, Some(error)) => match error.esource() {
+            pingora::ErrorSource::Downstream => "client-gone",
+            pingora::ErrorSource::Upstream => "broken-off",
+            _ => "internal",
+        },
+        (None, None) => "",
+    };
+    house.telemetry.push(Record {
+        request_id: ctx.request_id,
+        ended: SystemTime::now(),
+        client: client_ip(session),
+        method: request.method.clone(),
+        uri: request.uri.clone(),
+        host: host_of(request),
+        referer: header_of(request, header::REFERER),
+        user_agent: header_of(request, header::USER_AGENT),
+        status: session.response_written().map(|response| response.status),
+        bytes: session.body_bytes_sent(),
+        app: ctx.app.clone(),
+        generation: ctx.generation,
+        watch: std::mem::take(&mut ctx.watch),
+        retries: ctx.unconnected + ctx.resent,
+        cold: ctx.cold,
+        error,
+    });
+}

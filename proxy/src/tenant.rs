@@ -1,0 +1,450 @@
+//! One app at run time: what its operator asked for, its ready instances, its waiting room, and whether it is being woken.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, HashMap},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering::Relaxed, Ordering::SeqCst},
+    },
+    time::Instant,
+};
+
+use arc_swap::ArcSwap;
+use cmdb::{
+    App, AppName, AppRecord, Generation, State,
+    app::Pick,
+    cache::{CmCache, Tenant},
+};
+use crossbeam_queue::SegQueue;
+use launcher_client::{Woken, wire::WakeTiming};
+use tokio::sync::mpsc;
+
+use crate::{
+    balance,
+    config::Config,
+    hold::{Seats, WaitingRoom},
+    link::Command,
+    pages::Fault,
+    telemetry::Telemetry,
+    upstream::{Fitness, Upstream},
+};
+
+/// What all apps of one proxy share.
+#[derive(Debug)]
+pub struct House {
+    /// The settings.
+    pub config: Config,
+    /// Host name → app.
+    pub cache: CmCache<AppTenant>,
+    /// Who waits, in all apps together.
+    pub seats: Arc<Seats>,
+    /// Instances with activity that the reporter does not know yet.
+    pub active: SegQueue<Arc<Upstream>>,
+    /// Access log and recent requests.
+    pub telemetry: Telemetry,
+    /// When the process's clock of seconds began.
+    pub begun: Instant,
+    /// Whether the launcher can be reached.
+    pub linked: AtomicBool,
+    /// Whether the routing state is known (from the launcher, or the last known good).
+    pub informed: AtomicBool,
+    /// Whether the proxy is about to end: nobody may begin to wait.
+    pub stopping: AtomicBool,
+    commands: mpsc::UnboundedSender<Command>,
+    tenants: Mutex<HashMap<AppName, Weak<AppRuntime>>>,
+}
+
+/// What a waiting request is answered with.
+#[derive(Debug)]
+pub enum Answer {
+    /// A place on an instance.
+    Lease(Lease),
+    /// There will be none.
+    Refused(Fault),
+}
+
+/// A place on an instance for one request; dropping it gives the place to the next.
+#[derive(Debug)]
+pub struct Lease {
+    /// The instance.
+    pub upstream: Arc<Upstream>,
+    app: Arc<AppRuntime>,
+    /// Whether it counts among the held requests that are on their way.
+    opening: AtomicBool,
+}
+
+/// The cache's handle on an app.
+#[derive(Debug)]
+pub struct AppTenant(Arc<AppRuntime>);
+
+/// One app.
+#[derive(Debug)]
+pub struct AppRuntime {
+    /// Its name.
+    pub name: AppName,
+    /// What its operator asked for.
+    pub spec: ArcSwap<App>,
+    /// Requests that wait for an instance.
+    pub room: Arc<WaitingRoom<Answer>>,
+    /// How the last start that this proxy saw went.
+    pub last_wake: ArcSwap<(Generation, WakeTiming)>,
+    house: Arc<House>,
+    ready: ArcSwap<Box<[Arc<Upstream>]>>,
+    /// Copies of `scale.concurrency` and `scale.pick`, for the warm path.
+    limit: AtomicU32,
+    pick: AtomicU8,
+    waking: AtomicBool,
+    removed: AtomicBool,
+    known: Mutex<Known>,
+}
+
+#[derive(Debug)]
+struct Known {
+    record: Arc<AppRecord>,
+    upstreams: BTreeMap<Generation, (Arc<Upstream>, Instant)>,
+}
+
+thread_local! {
+    /// In which house the cache makes tenants; the cache's `Tenant::new` has no room for it.
+    static HOUSE: RefCell<Option<Arc<House>>> = const { RefCell::new(None) };
+}
+
+impl House {
+    /// A house without apps, and where its commands to the launcher come out.
+    #[must_use]
+    pub fn new(config: Config, cache: CmCache<AppTenant>) -> (Arc<Self>, mpsc::UnboundedReceiver<Command>) {
+        let (commands, receiver) = mpsc::unbounded_channel();
+        let house = Self {
+            seats: Seats::new(config.hold_limit),
+            cache,
+            active: SegQueue::new(),
+            telemetry: Telemetry::new(config.access_log),
+            begun: Instant::now(),
+            linked: AtomicBool::new(false),
+            informed: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+            commands,
+            tenants: Mutex::new(HashMap::new()),
+            config,
+        };
+        (Arc::new(house), receiver)
+    }
+
+    /// Runs `change`, which may have the cache make tenants, so that they belong to this house.
+    pub fn admit<R>(self: &Arc<Self>, change: impl FnOnce(&CmCache<AppTenant>) -> R) -> R {
+        let before = HOUSE.replace(Some(Arc::clone(self)));
+        let result = change(&self.cache);
+        HOUSE.set(before);
+        result
+    }
+
+    /// All apps.
+    #[must_use]
+    pub fn apps(&self) -> Vec<Arc<AppRuntime>> {
+        self.tenants().values().filter_map(Weak::upgrade).collect()
+    }
+
+    /// The second of the process's clock at `now`.
+    #[must_use]
+    pub fn second(&self, now: Instant) -> u64 {
+        now.duration_since(self.begun).as_secs()
+    }
+
+    /// Sends the launcher something, by way of the link.
+    pub fn command(&self, command: Command) {
+        // The link outlives all requests; when it is gone, so is the proxy.
+        let _ = self.commands.send(command);
+    }
+
+    fn tenants(&self) -> MutexGuard<'_, HashMap<AppName, Weak<AppRuntime>>> {
+        self.tenants.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AppTenant {
+    /// The app.
+    #[must_use]
+    pub fn runtime(&self) -> &Arc<AppRuntime> {
+        &self.0
+    }
+}
+
+impl Tenant for AppTenant {
+    fn new(app: Arc<App>, record: Arc<AppRecord>) -> Self {
+        let house = HOUSE.with_borrow(Clone::clone).unwrap_or_else(|| {
+            // Only a caller that goes round `House::admit`, such as a test of the cache: nobody listens there.
+            House::new(Config::new(launcher_client::paths::StateDir::new("")), CmCache::new()).0
+        });
+        let runtime = Arc::new(AppRuntime::new(app, house));
+        runtime.house.tenants().insert(runtime.name.clone(), Arc::downgrade(&runtime));
+        runtime.learn(record);
+        Self(runtime)
+    }
+
+    fn update(&self, app: Arc<App>, record: Arc<AppRecord>) {
+        self.0.configure(app);
+        self.0.learn(record);
+    }
+
+    fn removed(&self) {
+        self.0.remove();
+    }
+}
+
+impl AppRuntime {
+    fn new(app: Arc<App>, house: Arc<House>) -> Self {
+        let runtime = Self {
+            name: app.name.clone(),
+            spec: ArcSwap::new(Arc::clone(&app)),
+            room: WaitingRoom::new(),
+            last_wake: ArcSwap::new(Arc::default()),
+            house,
+            ready: ArcSwap::new(Arc::new(Box::default())),
+            limit: AtomicU32::new(0),
+            pick: AtomicU8::new(0),
+            waking: AtomicBool::new(false),
+            removed: AtomicBool::new(false),
+            known: Mutex::new(Known { record: Arc::default(), upstreams: BTreeMap::new() }),
+        };
+        runtime.configure(app);
+        runtime
+    }
+
+    /// A place on a ready instance, if there is one; `held`: for a request that waited.
+    #[must_use]
+    pub fn acquire(self: &Arc<Self>, held: bool) -> Option<Lease> {
+        let limit = self.limit.load(Relaxed);
+        let how = if self.pick.load(Relaxed) == 0 { Pick::Random } else { Pick::P2c };
+        let ready = self.ready.load();
+        let upstream = balance::pick(&ready, how, |one| one.in_flight(), |one| one.enter(limit, held))?;
+        upstream.requests.fetch_add(1, Relaxed);
+        if !upstream.listed.load(Relaxed) && !upstream.listed.swap(true, SeqCst) {
+            self.house.active.push(Arc::clone(upstream));
+        }
+        Some(Lease { upstream: Arc::clone(upstream), app: Arc::clone(self), opening: AtomicBool::new(held) })
+    }
+
+    /// Whether an instance is ready.
+    #[must_use]
+    pub fn is_warm(&self) -> bool {
+        !self.ready.load().is_empty()
+    }
+
+    /// For whoever has just begun to wait: serves those who can be served, and has an instance woken if there is none.
+    pub fn knock(self: &Arc<Self>) {
+        if self.removed.load(SeqCst) {
+            self.refuse(&Fault::UnknownHost);
+            return;
+        }
+        if self.house.stopping.load(SeqCst) {
+            self.refuse(&Fault::Stopping);
+            return;
+        }
+        self.serve();
+        if !self.room.is_empty() && self.ready.load().is_empty() && !self.waking.swap(true, SeqCst) {
+            self.house.command(Command::Wake(Arc::clone(self)));
+        }
+    }
+
+    /// Gives places to those who wait, in their order, as far as there are any.
+    pub fn serve(self: &Arc<Self>) {
+        while !self.room.is_empty() {
+            let Some(lease) = self.acquire(true) else { return };
+            // When everybody has left meanwhile, dropping the lease gives the place back.
+            if self.room.serve(Answer::Lease(lease)).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Tells everybody who waits that there will be no instance.
+    pub fn refuse(&self, fault: &Fault) {
+        self.room.serve_all(|| Answer::Refused(fault.clone()));
+    }
+
+    /// The waker found or made an instance. Returns false when the instance is known to have ended since.
+    pub fn woken(self: &Arc<Self>, woken: Woken) -> bool {
+        let mut known = self.known();
+        let ended = known.record.generation >= woken.generation
+            && !known.record.instances.contains_key(&woken.generation);
+        if ended {
+            return false;
+        }
+        let (upstream, _) = known.upstreams.entry(woken.generation).or_insert_with(|| {
+            (Arc::new(self.upstream(woken.generation, woken.port, Fitness::Ready)), Instant::now())
+        });
+        if !upstream.revive() {
+            return false;
+        }
+        upstream.stock().put(woken.sockets);
+        self.last_wake.store(Arc::new((woken.generation, woken.timing)));
+        self.publish(&known);
+        drop(known);
+        self.serve();
+        true
+    }
+
+    /// The waker has ended, successfully or not.
+    pub fn wake_ended(self: &Arc<Self>) {
+        self.waking.store(false, SeqCst);
+        // Who came between the answer and this line has not started a waker.
+        if !self.room.is_empty() {
+            self.knock();
+        }
+    }
+
+    /// Connecting to an instance failed: it is not picked until the launcher says that it is well, or for two seconds.
+    pub fn suspect(self: &Arc<Self>, upstream: &Upstream, reason: String) {
+        if upstream.suspect(reason) {
+            let mut known = self.known();
+            if let Some((_, since)) = known.upstreams.get_mut(&upstream.generation) {
+                *since = Instant::now();
+            }
+            self.publish(&known);
+        }
+    }
+
+    /// Every quarter of a second: lets further held requests follow, and forgives old suspicions.
+    pub fn tick(self: &Arc<Self>) {
+        let mut known = self.known();
+        let mut forgiven = false;
+        for (upstream, since) in known.upstreams.values_mut() {
+            if upstream.fitness() == Fitness::Suspect && since.elapsed().as_secs() >= 2 {
+                forgiven |= upstream.revive();
+            }
+            if !self.room.is_empty() {
+                upstream.allow_burst();
+            }
+        }
+        if forgiven {
+            self.publish(&known);
+        }
+        drop(known);
+        if !self.room.is_empty() {
+            self.knock();
+        }
+    }
+
+    /// All instances that this proxy knows.
+    #[must_use]
+    pub fn upstreams(&self) -> Vec<Arc<Upstream>> {
+        self.known().upstreams.values().map(|(upstream, _)| Arc::clone(upstream)).collect()
+    }
+
+    /// The house it belongs to.
+    #[must_use]
+    pub fn house(&self) -> &Arc<House> {
+        &self.house
+    }
+
+    fn configure(&self, app: Arc<App>) {
+        self.limit.store(app.scale.concurrency.unwrap_or(u32::MAX), Relaxed);
+        self.pick.store(u8::from(app.scale.pick == Pick::P2c), Relaxed);
+        self.spec.store(app);
+    }
+
+    /// Takes over what the CMDB knows of the instances.
+    fn learn(self: &Arc<Self>, record: Arc<AppRecord>) {
+        let mut known = self.known();
+        known.upstreams.retain(|generation, (upstream, _)| {
+            // A record from before the instance's begin says nothing about it: the waker's answer overtook it.
+            let kept = record.instances.contains_key(generation) || record.generation < *generation;
+            if !kept {
+                upstream.gone();
+            }
+            kept
+        });
+        for instance in record.instances.values() {
+            let fitness = match instance.state {
+                // Whoever was woken knows better than a record from before.
+                State::Starting => continue,
+                State::Ready => Fitness::Ready,
+                State::Frozen => Fitness::Frozen,
+                State::Draining => Fitness::Draining,
+            };
+            match known.upstreams.get(&instance.generation) {
+                Some((upstream, _)) => match fitness {
+                    Fitness::Ready if upstream.fitness() == Fitness::Frozen => {
+                        upstream.revive();
+                    }
+                    Fitness::Frozen => upstream.freeze(),
+                    Fitness::Draining => upstream.drain(),
+                    _ => {}
+                },
+                None => {
+                    let begun = if fitness == Fitness::Draining { Fitness::Ready } else { fitness };
+                    let upstream = Arc::new(self.upstream(instance.generation, instance.port, begun));
+                    if fitness == Fitness::Draining {
+                        upstream.drain();
+                    }
+                    known.upstreams.insert(instance.generation, (upstream, Instant::now()));
+                }
+            }
+        }
+        known.record = record;
+        self.publish(&known);
+        drop(known);
+        if !self.room.is_empty() {
+            self.knock();
+        }
+    }
+
+    fn remove(self: &Arc<Self>) {
+        self.removed.store(true, SeqCst);
+        let known = self.known();
+        for (upstream, _) in known.upstreams.values() {
+            upstream.drain();
+        }
+        self.publish(&known);
+        drop(known);
+        self.refuse(&Fault::UnknownHost);
+        let mut tenants = self.house.tenants();
+        // The same name may have come back meanwhile.
+        if tenants.get(&self.name).is_some_and(|other| std::ptr::eq(other.as_ptr(), Arc::as_ptr(self))) {
+            tenants.remove(&self.name);
+        }
+    }
+
+    fn publish(&self, known: &Known) {
+        let ready = known
+            .upstreams
+            .values()
+            .filter(|(upstream, _)| upstream.fitness() == Fitness::Ready)
+            .map(|(upstream, _)| Arc::clone(upstream))
+            .collect();
+        self.ready.store(Arc::new(ready));
+    }
+
+    fn upstream(&self, generation: Generation, port: u16, fitness: Fitness) -> Upstream {
+        Upstream::new(&self.name, generation, port, fitness, &self.house.config, self.house.commands.clone())
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Lease {
+    /// The instance has answered (or is known not to): the next held request may follow.
+    pub fn opened(&self) {
+        if self.opening.load(Relaxed) && self.opening.swap(false, SeqCst) {
+            self.upstream.opened();
+            if !self.app.room.is_empty() {
+                self.app.serve();
+            }
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if *self.opening.get_mut() {
+            self.upstream.opened();
+        }
+        self.upstream.leave();
+        if !self.app.room.is_empty() {
+            self.app.serve();
+        }
+    }
+}

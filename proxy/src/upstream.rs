@@ -1,0 +1,495 @@
+//! One instance as the proxy sees it: may it be picked, who is on it, and the sockets that lead to it.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    os::fd::OwnedFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use cmdb::{AppName, Generation};
+use crossbeam_queue::ArrayQueue;
+use launcher_client::wire::MAX_FDS;
+use pingora::{
+    Error, ErrorType,
+    connectors::l4::Connect,
+    protocols::l4::{socket::SocketAddr as PeerAddr, stream::Stream, virt::VirtualSocketStream},
+    upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy},
+};
+use tokio::{
+    net::TcpSocket,
+    sync::{Notify, mpsc},
+};
+
+use crate::{config::Config, link::Command, measure::Window, quirks::YieldBeforeRead};
+
+/// Most held requests that are on their way to an instance and not answered yet: more would overflow the app's accept
+/// queue, and a connection that does not fit there stalls for a second.
+const BURST: u32 = 100;
+/// First size of a batch of sockets; it grows when the stock runs empty.
+const FIRST_BATCH: u32 = 16;
+
+/// Tells two instances apart in Pingora's connection pool, whose key knows nothing of namespaces: never the same twice in a process.
+static NEXT_GROUP_KEY: AtomicU64 = AtomicU64::new(1);
+
+/// Whether an instance may be picked.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u8)]
+pub enum Fitness {
+    /// Yes.
+    Ready = 0,
+    /// No: connecting to it failed.
+    Suspect = 1,
+    /// No, it has to be thawed.
+    Frozen = 2,
+    /// No more.
+    Draining = 3,
+    /// It is no more.
+    Gone = 4,
+}
+
+/// One instance.
+#[derive(Debug)]
+pub struct Upstream {
+    /// Its app.
+    pub app: AppName,
+    /// Its generation.
+    pub generation: Generation,
+    /// First-byte times.
+    pub window: Window,
+    /// Requests since the last report.
+    pub requests: AtomicU32,
+    /// First-byte times since the last report: their sum, µs.
+    pub first_byte_sum_us: AtomicU64,
+    /// First-byte times since the last report: how many.
+    pub first_bytes: AtomicU32,
+    /// Whether it is on the reporter's list.
+    pub listed: AtomicBool,
+    fitness: AtomicU8,
+    in_flight: AtomicU32,
+    opening: AtomicU32,
+    progress: AtomicBool,
+    answered: AtomicBool,
+    quiesced: AtomicBool,
+    stock: Arc<Stock>,
+    peer: HttpPeer,
+    upgrade_peer: HttpPeer,
+    commands: mpsc::UnboundedSender<Command>,
+}
+
+/// Sockets to one instance, born in its network namespace, not yet connected.
+#[derive(Debug)]
+pub struct Stock {
+    /// The instance's app.
+    pub app: AppName,
+    /// The instance's generation.
+    pub generation: Generation,
+    address: SocketAddr,
+    sockets: ArrayQueue<OwnedFd>,
+    batch: AtomicU32,
+    refilling: AtomicBool,
+    closed: AtomicBool,
+    arrived: Notify,
+    commands: mpsc::UnboundedSender<Command>,
+}
+
+/// Connects for Pingora with a socket of a [`Stock`].
+#[derive(Debug)]
+struct Dialler {
+    stock: Arc<Stock>,
+    upgrade: bool,
+}
+
+impl Upstream {
+    /// An instance that listens on `port`.
+    #[must_use]
+    pub fn new(
+        app: &AppName,
+        generation: Generation,
+        port: u16,
+        fitness: Fitness,
+        config: &Config,
+        commands: mpsc::UnboundedSender<Command>,
+    ) -> Self {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let stock = Arc::new(Stock {
+            app: app.clone(),
+            generation,
+            address,
+            sockets: ArrayQueue::new(2 * MAX_FDS),
+            batch: AtomicU32::new(FIRST_BATCH),
+            refilling: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            arrived: Notify::new(),
+            commands: commands.clone(),
+        });
+        let peer = |upgrade| {
+            let mut peer = HttpPeer::new(address, false, String::new());
+            peer.group_key = NEXT_GROUP_KEY.fetch_add(1, Relaxed);
+            peer.options.custom_l4 = Some(Arc::new(Dialler { stock: Arc::clone(&stock), upgrade }));
+            peer.options.connection_timeout = Some(config.connect_timeout);
+            peer.options.total_connection_timeout = Some(config.connect_timeout);
+            peer.options.read_timeout = Some(config.read_timeout);
+            peer.options.write_timeout = Some(config.write_timeout);
+            peer.options.idle_timeout = Some(if upgrade { Duration::ZERO } else { config.idle_timeout });
+            peer.options.http_upstream_request_policy = HttpUpstreamRequestPolicy::standard();
+            peer
+        };
+        Self {
+            app: app.clone(),
+            generation,
+            window: Window::default(),
+            requests: AtomicU32::new(0),
+            first_byte_sum_us: AtomicU64::new(0),
+            first_bytes: AtomicU32::new(0),
+            listed: AtomicBool::new(false),
+            fitness: AtomicU8::new(fitness as u8),
+            in_flight: AtomicU32::new(0),
+            opening: AtomicU32::new(0),
+            progress: AtomicBool::new(false),
+            answered: AtomicBool::new(false),
+            quiesced: AtomicBool::new(false),
+            peer: peer(false),
+            upgrade_peer: peer(true),
+            stock,
+            commands,
+        }
+    }
+
+    /// Whether it may be picked.
+    #[must_use]
+    pub fn fitness(&self) -> Fitness {
+        match self.fitness.load(SeqCst) {
+            0 => Fitness::Ready,
+            1 => Fitness::Suspect,
+            2 => Fitness::Frozen,
+            3 => Fitness::Draining,
+            _ => Fitness::Gone,
+        }
+    }
+
+    /// Requests on it.
+    #[must_use]
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight.load(SeqCst)
+    }
+
+    /// Takes a place among at most `limit` requests; `held`: for a request that waited. Whoever gets one calls [`Self::leave`].
+    #[must_use]
+    pub fn enter(&self, limit: u32, held: bool) -> bool {
+        if self.fitness() != Fitness::Ready {
+            return false;
+        }
+        let burst = |now| if now < BURST { Some(now + 1) } else { None };
+        if held && self.opening.fetch_update(SeqCst, SeqCst, burst).is_err() {
+            return false;
+        }
+        // Not add-and-undo: while a place too many is taken, another's place could look taken as well.
+        let entered = self
+            .in_flight
+            .fetch_update(SeqCst, SeqCst, |now| if now < limit { Some(now + 1) } else { None })
+            .is_ok();
+        // The drain may have begun between the look and the step; who begins it looks at `in_flight` after saying so.
+        if entered && self.fitness() == Fitness::Ready {
+            return true;
+        }
+        if held {
+            self.opened();
+        }
+        if entered {
+            self.leave();
+        }
+        false
+    }
+
+    /// A held request is answered (or given up): another may follow.
+    pub fn opened(&self) {
+        self.progress.store(true, Relaxed);
+        let _ = self.opening.fetch_update(SeqCst, SeqCst, |now| now.checked_sub(1));
+    }
+
+    /// Called four times a second while requests wait: when none of the last burst was answered since (they may be long polls), lets another
+    /// follow.
+    pub fn allow_burst(&self) {
+        if !self.progress.swap(false, SeqCst) {
+            self.opening.store(0, SeqCst);
+        }
+    }
+
+    /// Gives a place back.
+    pub fn leave(&self) {
+        let left = self.in_flight.fetch_sub(1, SeqCst) - 1;
+        if left == 0 && matches!(self.fitness(), Fitness::Draining | Fitness::Gone) {
+            self.quiesce();
+        }
+    }
+
+    /// It may be picked (again), unless it is ending.
+    pub fn revive(&self) -> bool {
+        self.fitness
+            .fetch_update(SeqCst, SeqCst, |now| {
+                (now <= Fitness::Frozen as u8).then_some(Fitness::Ready as u8)
+            })
+            .is_ok()
+    }
+
+    /// Connecting to it failed. Returns whether it was thought fit.
+    pub fn suspect(&self, reason: String) -> bool {
+        let changed = self.swap_from_ready(Fitness::Suspect);
+        if changed {
+            let (app, generation) = (self.app.clone(), self.generation);
+            let _ = self.commands.send(Command::Suspect { app, generation, reason });
+        }
+        changed
+    }
+
+    /// The freezer has it.
+    pub fn freeze(&self) {
+        self.swap_from_ready(Fitness::Frozen);
+    }
+
+    /// No new requests. Tells the launcher when none is left.
+    pub fn drain(&self) {
+        let before = self.fitness.fetch_max(Fitness::Draining as u8, SeqCst);
+        if before < Fitness::Draining as u8 && self.in_flight() == 0 {
+            self.quiesce();
+        }
+    }
+
+    /// It is no more.
+    pub fn gone(&self) {
+        self.fitness.fetch_max(Fitness::Gone as u8, SeqCst);
+        self.stock.close();
+    }
+
+    /// Tells a launcher that has not heard it yet.
+    pub fn repeat_quiesced(&self) {
+        if self.fitness() == Fitness::Draining && self.in_flight() == 0 {
+            self.quiesced.store(false, SeqCst);
+            self.quiesce();
+        }
+    }
+
+    /// Its first response byte came; the launcher hears of the first one.
+    pub fn first_byte(&self, second: u64, us: u64) {
+        self.window.record(second, us);
+        self.first_byte_sum_us.fetch_add(us, Relaxed);
+        self.first_bytes.fetch_add(1, Relaxed);
+        self.answered();
+    }
+
+    /// It answered; the launcher hears of the first time.
+    pub fn answered(&self) {
+        if !self.answered.load(Relaxed) && !self.answered.swap(true, SeqCst) {
+            let (app, generation) = (self.app.clone(), self.generation);
+            let _ = self.commands.send(Command::FirstByte { app, generation });
+        }
+    }
+
+    /// Where Pingora is to connect to; `upgrade` for WebSocket handshakes.
+    #[must_use]
+    pub fn peer(&self, upgrade: bool) -> Box<HttpPeer> {
+        Box::new(if upgrade { self.upgrade_peer.clone() } else { self.peer.clone() })
+    }
+
+    /// Its sockets.
+    #[must_use]
+    pub fn stock(&self) -> &Arc<Stock> {
+        &self.stock
+    }
+
+    fn swap_from_ready(&self, to: Fitness) -> bool {
+        self.fitness.compare_exchange(Fitness::Ready as u8, to as u8, SeqCst, SeqCst).is_ok()
+    }
+
+    fn quiesce(&self) {
+        if self.fitness() == Fitness::Draining && !self.quiesced.swap(true, SeqCst) {
+            // Spare sockets would keep the instance's network namespace alive.
+            self.stock.close();
+            let (app, generation) = (self.app.clone(), self.generation);
+            let _ = self.commands.send(Command::Quiesced { app, generation });
+        }
+    }
+}
+
+impl Stock {
+    /// How many sockets the next batch should have.
+    #[must_use]
+    pub fn batch(&self) -> u32 {
+        self.batch.load(Relaxed)
+    }
+
+    /// Puts sockets in; those that do not fit are closed.
+    pub fn put(&self, sockets: Vec<OwnedFd>) {
+        let count = sockets.len();
+        for socket in sockets {
+            if self.closed.load(SeqCst) || self.sockets.push(socket).is_err() {
+                break;
+            }
+        }
+        if self.closed.load(SeqCst) {
+            self.close();
+        }
+        for _ in 0..count {
+            self.arrived.notify_one();
+        }
+    }
+
+    /// A refill has ended, with or without success.
+    pub fn refilled(&self) {
+        self.refilling.store(false, SeqCst);
+        self.arrived.notify_waiters();
+    }
+
+    /// The instance is ending: sockets are dropped, and who waits for one is told.
+    pub fn close(&self) {
+        self.closed.store(true, SeqCst);
+        while self.sockets.pop().is_some() {}
+        self.arrived.notify_waiters();
+    }
+
+    /// Whether the instance has ended.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(SeqCst)
+    }
+
+    async fn take(self: &Arc<Self>) -> pingora::Result<OwnedFd> {
+        loop {
+            let arrived = self.arrived.notified();
+            tokio::pin!(arrived);
+            arrived.as_mut().enable();
+            if let Some(socket) = self.sockets.pop() {
+                if self.sockets.len() < (self.batch() / 2) as usize {
+                    self.refill();
+                }
+                return Ok(socket);
+            }
+            if self.is_closed() {
+                return Err(Error::explain(ErrorType::ConnectRefused, "the instance has ended"));
+            }
+            self.batch.store((self.batch() * 2).min(MAX_BATCH), Relaxed);
+            self.refill();
+            arrived.await;
+        }
+    }
+
+    fn refill(self: &Arc<Self>) {
+        if !self.refilling.swap(true, SeqCst) {
+            let _ = self.commands.send(Command::Refill(Arc::clone(self)));
+        }
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "64")]
+const MAX_BATCH: u32 = MAX_FDS as u32;
+
+#[async_trait]
+impl Connect for Dialler {
+    /// Connects inside the instance's network namespace: that is where the socket was born. The address that Pingora
+    /// passes is the instance's own.
+    async fn connect(&self, _: &PeerAddr) -> pingora::Result<Stream> {
+        // Pingora bounds all of this by `total_connection_timeout`.
+        let socket = TcpStream::from(self.stock.take().await?);
+        let failed = |error| Error::because(connect_error(&error), "connecting to the instance", error);
+        socket.set_nonblocking(true).map_err(failed)?;
+        let socket = TcpSocket::from_std_stream(socket).connect(self.stock.address).await.map_err(failed)?;
+        if self.upgrade {
+            return Ok(VirtualSocketStream::new(Box::new(YieldBeforeRead::new(socket))).into());
+        }
+        Ok(socket.into())
+    }
+}
+
+fn connect_error(error: &std::io::Error) -> ErrorType {
+    match error.kind() {
+        std::io::ErrorKind::ConnectionRefused => ErrorType::ConnectRefused,
+        std::io::ErrorKind::TimedOut => ErrorType::ConnectTimedout,
+        std::io::ErrorKind::NetworkUnreachable | std::io::ErrorKind::HostUnreachable => {
+            ErrorType::ConnectNoRoute
+        }
+        _ => ErrorType::ConnectError,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn upstream() -> (Upstream, mpsc::UnboundedReceiver<Command>) {
+        let (commands, heard) = mpsc::unbounded_channel();
+        let config = Config::new(launcher_client::paths::StateDir::new("/nowhere"));
+        let app = "blog".parse().unwrap();
+        (Upstream::new(&app, Generation(7), 80, Fitness::Ready, &config, commands), heard)
+    }
+
+    #[test]
+    fn a_drain_is_quiet_only_when_the_last_request_has_left() {
+        let (upstream, mut heard) = upstream();
+        assert!(upstream.enter(2, false));
+        assert!(upstream.enter(2, false));
+        assert!(!upstream.enter(2, false), "full");
+        upstream.drain();
+        assert!(heard.try_recv().is_err());
+        upstream.leave();
+        assert!(!upstream.enter(2, false), "draining");
+        assert!(heard.try_recv().is_err());
+        upstream.leave();
+        assert!(matches!(heard.try_recv(), Ok(Command::Quiesced { .. })));
+        assert!(!upstream.revive(), "who drains never comes back");
+    }
+
+    #[test]
+    fn an_idle_drain_is_quiet_at_once_and_said_once() {
+        let (upstream, mut heard) = upstream();
+        upstream.drain();
+        upstream.drain();
+        assert!(matches!(heard.try_recv(), Ok(Command::Quiesced { .. })));
+        assert!(heard.try_recv().is_err());
+        upstream.repeat_quiesced();
+        assert!(matches!(heard.try_recv(), Ok(Command::Quiesced { .. })), "a new launcher is told again");
+    }
+
+    #[test]
+    fn a_drain_that_races_picks_never_loses_one() {
+        for _ in 0..200 {
+            let (upstream, mut heard) = upstream();
+            let picked = std::thread::scope(|scope| {
+                let picking = scope.spawn(|| (0..50).filter(|_| upstream.enter(u32::MAX, false)).count());
+                upstream.drain();
+                picking.join().unwrap()
+            });
+            for _ in 0..picked {
+                assert!(upstream.in_flight() > 0);
+                upstream.leave();
+            }
+            assert!(matches!(heard.try_recv(), Ok(Command::Quiesced { .. })));
+            assert_eq!(upstream.in_flight(), 0);
+        }
+    }
+
+    #[test]
+    fn held_requests_come_in_bursts() {
+        let (upstream, _heard) = upstream();
+        assert_eq!((0..1000).filter(|_| upstream.enter(u32::MAX, true)).count(), 100);
+        assert!(upstream.enter(u32::MAX, false), "who was not held is not slowed");
+        upstream.opened();
+        assert!(upstream.enter(u32::MAX, true));
+        upstream.allow_burst();
+        assert!(!upstream.enter(u32::MAX, true), "some were answered, others follow one by one");
+        upstream.allow_burst();
+        assert!(upstream.enter(u32::MAX, true), "none was answered for a while: they may be long polls");
+    }
+
+    #[test]
+    fn no_two_instances_share_pooled_connections() {
+        let (one, _a) = upstream();
+        let (other, _b) = upstream();
+        assert_ne!(one.peer(false).group_key, other.peer(false).group_key);
+        assert_ne!(one.peer(false).group_key, one.peer(true).group_key);
+    }
+}

@@ -1,0 +1,580 @@
+//! A whole proxy in this process, against a launcher that is fake and apps that are a few lines each.
+#![allow(dead_code, missing_docs, unreachable_pub, reason = "shared by several test programs")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends at what it did not expect")]
+
+use std::{
+    collections::HashMap,
+    future::Future,
+    net::SocketAddr,
+    os::fd::OwnedFd,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use cmdb::{
+    App, AppName, AppRecord, Generation, Instance, State,
+    app::{Container, Hold, Lifecycle, Pick, Resources, Scale},
+    units::Bytes,
+};
+use fastcontainer_proxy::{Config, FastContainer, tenant::House};
+use launcher_client::{
+    packet,
+    paths::StateDir,
+    wire::{ClientPacket, Refusal, RefusalCode, Reply, Request, ServerPacket, VERSION, WakeTiming},
+};
+use pingora::{
+    proxy::http_proxy_service_with_name,
+    server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::{mpsc, watch},
+    time::{sleep, timeout},
+};
+use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
+
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Stands in for the launcher (which needs root): speaks its protocol, and "starts" apps that run in the test already.
+pub struct FakeLauncher {
+    pub state: StateDir,
+    shared: Arc<Shared>,
+    _folder: tempfile::TempDir,
+}
+
+pub type SocketMaker = Arc<dyn Fn() -> OwnedFd + Send + Sync>;
+
+/// What the fake launcher does when one app is woken.
+#[derive(Clone)]
+pub struct Script {
+    pub port: u16,
+    pub delay: Duration,
+    pub refusal: Option<Refusal>,
+    pub sockets: SocketMaker,
+}
+
+#[derive(Default)]
+pub struct Shared {
+    apps: Mutex<HashMap<AppName, FakeApp>>,
+    heard: Mutex<Vec<Request>>,
+    changes: Mutex<Vec<mpsc::UnboundedSender<Reply>>>,
+    connections: Mutex<Vec<watch::Sender<bool>>>,
+}
+
+struct FakeApp {
+    app: Arc<App>,
+    record: AppRecord,
+    script: Script,
+    wakes: usize,
+}
+
+impl FakeLauncher {
+    pub fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::new(folder.path());
+        std::fs::create_dir_all(state.run()).unwrap();
+        std::fs::create_dir_all(state.proxy()).unwrap();
+        let launcher = Self { state, shared: Arc::default(), _folder: folder };
+        launcher.listen();
+        launcher
+    }
+
+    fn listen(&self) {
+        let path = self.state.launcher_socket();
+        let _ = std::fs::remove_file(&path);
+        let mut listener = UnixSeqpacketListener::bind(&path).unwrap();
+        let shared = Arc::clone(&self.shared);
+        tokio::spawn(async move {
+            while let Ok(socket) = listener.accept().await {
+                tokio::spawn(serve(Arc::new(socket), Arc::clone(&shared)));
+            }
+        });
+    }
+
+    /// Makes an app known; `port` is where it listens already.
+    pub fn put(&self, app: App, port: u16) {
+        self.put_with(
+            app,
+            Script { port, delay: Duration::ZERO, refusal: None, sockets: Arc::new(loopback_socket) },
+        );
+    }
+
+    pub fn put_with(&self, app: App, script: Script) {
+        let app = Arc::new(app);
+        let record = AppRecord { rev: 1, ..AppRecord::default() };
+        let reply = Reply::Put { app: Arc::clone(&app), record: Arc::new(record.clone()) };
+        self.shared.apps.lock().unwrap().insert(app.name.clone(), FakeApp { app, record, script, wakes: 0 });
+        self.shared.tell(reply);
+    }
+
+    pub fn script(&self, app: &str, change: impl FnOnce(&mut Script)) {
+        change(&mut self.shared.apps.lock().unwrap().get_mut(&name(app)).unwrap().script);
+    }
+
+    pub fn remove(&self, app: &str) {
+        self.shared.apps.lock().unwrap().remove(&name(app));
+        self.shared.tell(Reply::Removed { app: name(app) });
+    }
+
+    /// Changes an instance's state as the launcher would, and tells the proxies.
+    pub fn change(&self, app: &str, change: impl FnOnce(&mut AppRecord)) {
+        let reply = {
+            let mut apps = self.shared.apps.lock().unwrap();
+            let app = apps.get_mut(&name(app)).unwrap();
+            change(&mut app.record);
+            app.record.rev += 1;
+            Reply::Put { app: Arc::clone(&app.app), record: Arc::new(app.record.clone()) }
+        };
+        self.shared.tell(reply);
+    }
+
+    /// The launcher dies; what it knows is kept by the fake.
+    pub fn disconnect(&self) {
+        std::fs::remove_file(self.state.launcher_socket()).unwrap();
+        self.shared.changes.lock().unwrap().clear();
+        for connection in self.shared.connections.lock().unwrap().drain(..) {
+            let _ = connection.send(true);
+        }
+    }
+
+    pub fn reconnect(&self) {
+        self.listen();
+    }
+
+    pub fn wakes(&self, app: &str) -> usize {
+        self.shared.apps.lock().unwrap()[&name(app)].wakes
+    }
+
+    pub fn generation(&self, app: &str) -> Generation {
+        self.shared.apps.lock().unwrap()[&name(app)].record.generation
+    }
+
+    pub fn heard(&self, which: impl Fn(&Request) -> bool) -> usize {
+        self.shared.heard.lock().unwrap().iter().filter(|request| which(request)).count()
+    }
+}
+
+impl Shared {
+    fn tell(&self, reply: Reply) {
+        self.changes.lock().unwrap().retain(|sender| sender.send(reply.clone()).is_ok());
+    }
+}
+
+async fn serve(socket: Arc<UnixSeqpacket>, shared: Arc<Shared>) {
+    let (killer, mut killed) = watch::channel(false);
+    shared.connections.lock().unwrap().push(killer);
+    let mut buffer = Vec::new();
+    loop {
+        let packet = tokio::select! {
+            packet = packet::receive::<ClientPacket>(&socket, &mut buffer) => packet,
+            _ = killed.changed() => return,
+        };
+        let Ok((packet, _)) = packet else { return };
+        tokio::spawn(answer(
+            Arc::clone(&socket),
+            Arc::clone(&shared),
+            packet.id,
+            packet.body,
+            killed.clone(),
+        ));
+    }
+}
+
+async fn answer(
+    socket: Arc<UnixSeqpacket>,
+    shared: Arc<Shared>,
+    id: u64,
+    request: Request,
+    mut killed: watch::Receiver<bool>,
+) {
+    let reply = |body| ServerPacket { v: VERSION, id, body };
+    shared.heard.lock().unwrap().push(request.clone());
+    match request {
+        Request::Watch { .. } => {
+            let (sender, mut changes) = mpsc::unbounded_channel();
+            let present: Vec<_> = {
+                let apps = shared.apps.lock().unwrap();
+                shared.changes.lock().unwrap().push(sender);
+                apps.values()
+                    .map(|app| Reply::Put { app: Arc::clone(&app.app), record: Arc::new(app.record.clone()) })
+                    .chain([Reply::Synced])
+                    .collect()
+            };
+            for body in present {
+                packet::send(&socket, &reply(body), &[]).await.unwrap();
+            }
+            loop {
+                let body = tokio::select! { body = changes.recv() => body, _ = killed.changed() => None };
+                let Some(body) = body else { return };
+                if packet::send(&socket, &reply(body), &[]).await.is_err() {
+                    return;
+                }
+            }
+        }
+        Request::Wake { app, sockets } => {
+            let script = shared.apps.lock().unwrap().get_mut(&app).map(|app| {
+                app.wakes += 1;
+                app.script.clone()
+            });
+            let Some(script) = script else {
+                let refusal = Refusal::new(RefusalCode::UnknownApp, "no such app");
+                let _ = packet::send(&socket, &reply(Reply::Error(refusal)), &[]).await;
+                return;
+            };
+            sleep(script.delay).await;
+            if let Some(refusal) = script.refusal {
+                let _ = packet::send(&socket, &reply(Reply::Error(refusal)), &[]).await;
+                return;
+            }
+            let (generation, put, begun) = {
+                let mut apps = shared.apps.lock().unwrap();
+                let Some(app) = apps.get_mut(&app) else { return };
+                let ready = app.record.ready().map(|instance| instance.generation).next();
+                let generation = ready.unwrap_or(Generation(app.record.generation.0 + 1));
+                if ready.is_none() {
+                    app.record.rev += 1;
+                    app.record.generation = generation;
+                    app.record.instances.insert(generation, instance(generation, script.port));
+                }
+                let put = Reply::Put { app: Arc::clone(&app.app), record: Arc::new(app.record.clone()) };
+                (generation, put, ready.is_none())
+            };
+            shared.tell(put);
+            let timing = WakeTiming { warm: !begun, total_us: 1234, ..WakeTiming::default() };
+            let fds: Vec<_> = (0..sockets).map(|_| (script.sockets)()).collect();
+            let woken = Reply::Woken { generation, port: script.port, timing };
+            let _ = packet::send(&socket, &reply(woken), &fds).await;
+        }
+        Request::Sockets { app, generation, count } => {
+            let maker = {
+                let apps = shared.apps.lock().unwrap();
+                apps.get(&app)
+                    .filter(|app| app.record.instances.contains_key(&generation))
+                    .map(|app| Arc::clone(&app.script.sockets))
+            };
+            match maker {
+                Some(maker) => {
+                    let fds: Vec<_> = (0..count).map(|_| maker()).collect();
+                    let _ = packet::send(&socket, &reply(Reply::Sockets { count }), &fds).await;
+                }
+                None => {
+                    let refusal = Refusal::new(RefusalCode::UnknownInstance, "no such instance");
+                    let _ = packet::send(&socket, &reply(Reply::Error(refusal)), &[]).await;
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+pub fn instance(generation: Generation, port: u16) -> Instance {
+    Instance { generation, state: State::Ready, node: "here".into(), port, since_ms: 0, deadline_ms: 0 }
+}
+
+pub fn loopback_socket() -> OwnedFd {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap()
+}
+
+pub fn name(app: &str) -> AppName {
+    app.parse().unwrap()
+}
+
+/// An app called `app`, reached as `app.test`.
+pub fn app(app: &str) -> App {
+    App {
+        name: name(app),
+        server_names: vec![format!("{app}.test").parse().unwrap()],
+        container: Container {
+            image: "dir:/".into(),
+            command: vec!["x".into()],
+            port: None,
+            user: String::new(),
+            workdir: "/".into(),
+            env: Default::default(),
+        },
+        volumes: Vec::new(),
+        resources: Resources {
+            cpu: None,
+            cpu_max: None,
+            memory: Bytes(1 << 28),
+            pids: 64,
+            disk: Bytes(1 << 28),
+        },
+        lifecycle: Lifecycle {
+            start_timeout: Duration::from_secs(10),
+            freeze_after: None,
+            idle_timeout: None,
+            lifetime: None,
+            drain_timeout: Duration::from_secs(10),
+            stop_timeout: Duration::from_secs(1),
+        },
+        scale: Scale { min: 0, max: 4, response_time: None, concurrency: None, pick: Pick::Random },
+        hold: Hold { queue: 1000, timeout: Duration::from_secs(15), page: false },
+    }
+}
+
+/// A proxy that serves the apps of a launcher until it is dropped.
+pub struct Proxy {
+    pub address: SocketAddr,
+    pub house: Arc<House>,
+    stop: watch::Sender<Option<bool>>,
+}
+
+impl Proxy {
+    pub async fn start(launcher: &FakeLauncher) -> Self {
+        Self::start_with(launcher, |_| {}).await
+    }
+
+    pub async fn start_with(launcher: &FakeLauncher, change: impl FnOnce(&mut Config)) -> Self {
+        Self::start_h2(launcher, change, false).await
+    }
+
+    pub async fn start_h2(launcher: &FakeLauncher, change: impl FnOnce(&mut Config), h2c: bool) -> Self {
+        let address = free_address();
+        let mut config = Config::new(launcher.state.clone());
+        change(&mut config);
+        let conf = FastContainer::server_conf(&config, 2);
+        let (proxy, attendants) = FastContainer::new(config, vec![address]);
+        let house = Arc::clone(proxy.house());
+        let (stop, stopped) = watch::channel(None);
+        std::thread::spawn(move || {
+            let mut server = Server::new_with_opt_and_conf(None, conf);
+            server.bootstrap();
+            let mut service = http_proxy_service_with_name(&server.configuration, proxy, "proxy");
+            if h2c {
+                let mut options = pingora::apps::HttpServerOptions::default();
+                options.h2c = true;
+                service.app_logic_mut().unwrap().server_options = Some(options);
+            }
+            service.add_tcp(&address.to_string());
+            server.add_service(attendants.link);
+            server.add_service(attendants.office);
+            server.add_service(service);
+            server.run(RunArgs { shutdown_signal: Box::new(Stop(stopped)) });
+        });
+        // Its admin socket says when it serves.
+        eventually(|| launcher.state.proxy_socket().exists()).await;
+        Self { address, house, stop }
+    }
+
+    /// SIGTERM.
+    pub fn terminate(&self) {
+        let _ = self.stop.send(Some(true));
+    }
+
+    pub fn held(&self) -> usize {
+        self.house.seats.taken()
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        let _ = self.stop.send(Some(false));
+    }
+}
+
+struct Stop(watch::Receiver<Option<bool>>);
+
+#[async_trait::async_trait]
+impl ShutdownSignalWatch for Stop {
+    async fn recv(&self) -> ShutdownSignal {
+        match self.0.clone().wait_for(Option::is_some).await.map(|graceful| *graceful) {
+            Ok(Some(true)) => ShutdownSignal::GracefulTerminate,
+            _ => ShutdownSignal::FastShutdown,
+        }
+    }
+}
+
+pub fn free_address() -> SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+/// Waits until something is so.
+pub async fn eventually(mut so: impl FnMut() -> bool) {
+    timeout(PATIENCE, async {
+        while !so() {
+            sleep(Duration::from_millis(2)).await;
+        }
+    })
+    .await
+    .expect("it never came to be so");
+}
+
+/// One request as an app saw it.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    pub head: String,
+    pub body: Vec<u8>,
+}
+
+impl Seen {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        header_in(&self.head, name)
+    }
+}
+
+pub fn header_in<'a>(head: &'a str, name: &str) -> Option<&'a str> {
+    head.lines().skip(1).find_map(|line| {
+        let (key, value) = line.split_once(':')?;
+        key.eq_ignore_ascii_case(name).then(|| value.trim())
+    })
+}
+
+/// A web server of the test's: HTTP/1.1 with keep-alive, `answer` gives the whole response.
+pub struct Web {
+    pub port: u16,
+    pub seen: Arc<Mutex<Vec<Seen>>>,
+    pub connections: Arc<AtomicUsize>,
+}
+
+impl Web {
+    pub async fn start<F, R>(answer: F) -> Self
+    where
+        F: Fn(Seen) -> R + Send + Sync + 'static,
+        R: Future<Output = Vec<u8>> + Send,
+    {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::serve(listener, answer)
+    }
+
+    pub fn serve<F, R>(listener: TcpListener, answer: F) -> Self
+    where
+        F: Fn(Seen) -> R + Send + Sync + 'static,
+        R: Future<Output = Vec<u8>> + Send,
+    {
+        let port = listener.local_addr().unwrap().port();
+        let (seen, connections) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicUsize::new(0)));
+        let answer = Arc::new(answer);
+        let web = Self { port, seen: Arc::clone(&seen), connections: Arc::clone(&connections) };
+        tokio::spawn(async move {
+            while let Ok((mut socket, _)) = listener.accept().await {
+                connections.fetch_add(1, SeqCst);
+                let (seen, answer) = (Arc::clone(&seen), Arc::clone(&answer));
+                tokio::spawn(async move {
+                    while let Some(request) = read_message(&mut socket).await {
+                        seen.lock().unwrap().push(request.clone());
+                        let response = answer(request).await;
+                        if response.is_empty() || socket.write_all(&response).await.is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+        });
+        web
+    }
+
+    /// Answers everything with `body`.
+    pub async fn saying(body: &'static str) -> Self {
+        Self::start(move |_| async move { ok(body) }).await
+    }
+
+    pub fn count(&self) -> usize {
+        self.seen.lock().unwrap().len()
+    }
+}
+
+pub fn ok(body: &str) -> Vec<u8> {
+    format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len()).into_bytes()
+}
+
+/// Reads one HTTP/1 message with a length, chunks or no body.
+pub async fn read_message(socket: &mut TcpStream) -> Option<Seen> {
+    let mut data = Vec::new();
+    let end = loop {
+        if let Some(at) = find(&data, b"\r\n\r\n") {
+            break at;
+        }
+        if socket.read_buf(&mut data).await.ok()? == 0 {
+            return None;
+        }
+    };
+    let head = String::from_utf8(data[..end].to_vec()).ok()?;
+    let mut body = data[end + 4..].to_vec();
+    if header_in(&head, "transfer-encoding").is_some() {
+        let mut whole = Vec::new();
+        loop {
+            let line = loop {
+                if let Some(at) = find(&body, b"\r\n") {
+                    break at;
+                }
+                if socket.read_buf(&mut body).await.ok()? == 0 {
+                    return None;
+                }
+            };
+            let length = usize::from_str_radix(std::str::from_utf8(&body[..line]).ok()?, 16).ok()?;
+            while body.len() < line + 2 + length + 2 {
+                if socket.read_buf(&mut body).await.ok()? == 0 {
+                    return None;
+                }
+            }
+            whole.extend_from_slice(&body[line + 2..line + 2 + length]);
+            body.drain(..line + 2 + length + 2);
+            if length == 0 {
+                return Some(Seen { head, body: whole });
+            }
+        }
+    }
+    let length: usize = header_in(&head, "content-length").map_or(0, |length| length.parse().unwrap());
+    while body.len() < length {
+        if socket.read_buf(&mut body).await.ok()? == 0 {
+            return None;
+        }
+    }
+    Some(Seen { head, body })
+}
+
+pub fn find(data: &[u8], what: &[u8]) -> Option<usize> {
+    data.windows(what.len()).position(|window| window == what)
+}
+
+/// A response.
+#[derive(Debug)]
+pub struct Response {
+    pub status: u16,
+    pub head: String,
+    pub body: String,
+}
+
+impl Response {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        header_in(&self.head, name)
+    }
+}
+
+/// Sends bytes as they are and reads the response until the connection closes.
+pub async fn raw(address: SocketAddr, request: &[u8]) -> Response {
+    timeout(PATIENCE, async {
+        let mut socket = TcpStream::connect(address).await.unwrap();
+        socket.write_all(request).await.unwrap();
+        read_to_end(&mut socket).await
+    })
+    .await
+    .expect("no response in time")
+}
+
+pub async fn read_to_end(socket: &mut TcpStream) -> Response {
+    let mut data = Vec::new();
+    while !matches!(socket.read_buf(&mut data).await, Ok(0) | Err(_)) {}
+    let end = find(&data, b"\r\n\r\n").unwrap_or(data.len());
+    let head = String::from_utf8_lossy(&data[..end]).into_owned();
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
+    let body = String::from_utf8_lossy(data.get(end + 4..).unwrap_or_default()).into_owned();
+    Response { status, head, body }
+}
+
+/// A GET with `Connection: close`.
+pub async fn get(address: SocketAddr, host: &str, path: &str) -> Response {
+    get_with(address, host, path, "").await
+}
+
+/// The same with more headers, each ended by CRLF.
+pub async fn get_with(address: SocketAddr, host: &str, path: &str, headers: &str) -> Response {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{headers}\r\n");
+    raw(address, request.as_bytes()).await
+}

@@ -1,0 +1,129 @@
+//! The program itself, and the example, as processes.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test ends at what it did not expect"
+)]
+
+mod common;
+
+use std::{
+    fs::{self, Permissions},
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use common::*;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+/// Ends the process when the test ends, however it ends.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn start(program: &Path, arguments: &[&str]) -> Running {
+    Running(Command::new(program).args(arguments).stdout(Stdio::null()).spawn().unwrap())
+}
+
+fn open_up(launcher: &FakeLauncher) {
+    // The launcher would see to it that the proxy's user gets to its socket.
+    for (path, mode) in [
+        (launcher.state.root().to_owned(), 0o755),
+        (launcher.state.run(), 0o755),
+        (launcher.state.launcher_socket(), 0o666),
+    ] {
+        fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_program_gives_up_root_serves_and_ends_when_it_is_idle() {
+    let (launcher, web) = (FakeLauncher::start(), Web::saying("hello").await);
+    launcher.put(app("blog"), web.port);
+    open_up(&launcher);
+    let address = free_address();
+    let state = launcher.state.root().to_str().unwrap();
+    let listen = address.to_string();
+    let program = Path::new(env!("CARGO_BIN_EXE_fastcontainer-proxy"));
+    let mut running =
+        start(program, &["--listen", &listen, "--state", state, "--threads", "2", "--die-with-parent"]);
+    eventually(|| launcher.state.proxy_socket().exists()).await;
+    assert_eq!(get(address, "blog.test", "/").await.body, "hello");
+    let status = fs::read_to_string(format!("/proc/{}/status", running.0.id())).unwrap();
+    if nix::unistd::geteuid().is_root() {
+        let line = |key: &str| status.lines().find(|line| line.starts_with(key)).unwrap().to_owned();
+        assert!(line("Uid:").contains("60902\t60902\t60902\t60902"), "{status}");
+        assert!(line("Gid:").contains("60900\t60900"), "{status}");
+        assert!(line("CapEff:").ends_with("0000000000000400"), "only CAP_NET_BIND_SERVICE: {status}");
+        assert!(line("CapPrm:").ends_with("0000000000000400"), "{status}");
+        assert!(line("NoNewPrivs:").ends_with('1'), "{status}");
+    }
+    let pid = Pid::from_raw(i32::try_from(running.0.id()).unwrap());
+    let log = launcher.state.proxy().join("access.log");
+    let lines = |path: &Path| fs::read_to_string(path).map_or(0, |log| log.lines().count());
+    eventually(|| lines(&log) == 1).await;
+    let rotated = log.with_extension("1");
+    fs::rename(&log, &rotated).unwrap();
+    kill(pid, Signal::SIGHUP).unwrap();
+    assert_eq!(get(address, "blog.test", "/").await.status, 200);
+    eventually(|| lines(&log) + lines(&rotated) == 2).await;
+    assert_eq!(get(address, "blog.test", "/").await.status, 200);
+    kill(pid, Signal::SIGTERM).unwrap();
+    let mut ended = None;
+    eventually(|| {
+        ended = running.0.try_wait().unwrap();
+        ended.is_some()
+    })
+    .await;
+    assert!(ended.unwrap().success());
+    assert!(!launcher.state.proxy_socket().exists());
+    assert!(lines(&log) >= 1, "the log was opened anew");
+    assert_eq!(lines(&log) + lines(&rotated), 3, "the last request is in the log too");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_that_is_taken_is_a_clear_error() {
+    let launcher = FakeLauncher::start();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let listen = taken.local_addr().unwrap().to_string();
+    let output = Command::new(env!("CARGO_BIN_EXE_fastcontainer-proxy"))
+        .args(["--listen", &listen, "--state", launcher.state.root().to_str().unwrap()])
+        .output()
+        .unwrap();
+    assert!(!output.status.success() && output.stdout.is_empty());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains(&format!("cannot listen on {listen}")), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_example_embeds_the_phases_in_a_server_of_its_own() {
+    let example = example();
+    let (launcher, web) = (FakeLauncher::start(), Web::saying("hello").await);
+    launcher.put(app("blog"), web.port);
+    launcher.script("blog", |script| script.delay = Duration::from_millis(100));
+    let address: SocketAddr = free_address();
+    let _running = start(&example, &[launcher.state.root().to_str().unwrap(), &address.to_string()]);
+    eventually(|| launcher.state.proxy_socket().exists()).await;
+    assert_eq!(get(address, "blog.test", "/healthz").await.body, "fine\n");
+    assert_eq!(launcher.wakes("blog"), 0);
+    let response = get(address, "blog.test", "/").await;
+    assert_eq!((response.body.as_str(), response.header("x-served-by")), ("hello", Some("my-own-pingora")));
+    assert_eq!(launcher.wakes("blog"), 1);
+}
+
+/// Cargo builds examples with the tests, next to the programs.
+fn example() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_fastcontainer-proxy")).with_file_name("examples").join("embedded")
+}
