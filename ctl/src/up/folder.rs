@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use launcher_client::paths::{GROUP_ID, PROXY_UID, StateDir};
+use launcher_client::paths::{GROUP_ID, StateDir};
 
 use crate::failure::Failure;
 
@@ -19,8 +19,6 @@ pub(crate) fn make(state: &Path) -> Result<PathBuf, Failure> {
     let dirs = StateDir::new(&root);
     make_dir(&dirs.launcher(), 0o700, Some((0, 0)))?;
     make_dir(&dirs.run(), 0o711, Some((0, GROUP_ID)))?;
-    make_dir(&dirs.run().join("proxy"), 0o750, Some((PROXY_UID, GROUP_ID)))?;
-    make_dir(&dirs.proxy(), 0o750, Some((PROXY_UID, GROUP_ID)))?;
     Ok(root)
 }
 

@@ -256,7 +256,9 @@ async fn serve(kept: &[Kept], signals: &mut Signals) {
 
 /// Ends the daemons, the proxy first so that nobody is refused, and verifies that nothing is left.
 async fn stop(kept: Vec<Kept>, signals: &mut Signals, root: &Path, cgroup: &str) -> Result<(), Failure> {
-    tracing::info!("ending; Ctrl-C again to end at once");
+    if !kept.is_empty() {
+        tracing::info!("ending; Ctrl-C again to end at once");
+    }
     let mut hurried = false;
     let mut killed = false;
     for service in kept.into_iter().rev() {
@@ -272,7 +274,7 @@ async fn stop(kept: Vec<Kept>, signals: &mut Signals, root: &Path, cgroup: &str)
     // `killed` speaks of the launcher now, which ends last: if it could not sweep, we must.
     let left = leftovers::sweep(root, cgroup, killed).await;
     if left.is_empty() {
-        tracing::info!("ended; nothing is left");
+        tracing::debug!("ended; nothing is left");
         return Ok(());
     }
     Err(Failure::failed(format!("this would not go: {}", left.join(", "))))
