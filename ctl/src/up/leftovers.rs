@@ -59,15 +59,19 @@ struct Process {
 /// Daemons of this state folder, and whatever is in its cgroups.
 fn processes(root: &Path, cgroup: &str) -> Vec<Process> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let listeners = listeners(root);
     entries
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
         .filter_map(|pid| {
             let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
-            let name = read("comm").trim().to_owned();
+            let command_line = read("cmdline");
+            let name = command_line.replace('\0', " ").trim().chars().take(80).collect();
             // A zombie has ended; its parent will notice.
             let dead = read("stat").rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z'));
-            let ours = is_in(&read("cgroup"), cgroup) || is_daemon_of(&read("cmdline"), root);
+            let ours = is_in(&read("cgroup"), cgroup)
+                || is_daemon_of(&command_line, root)
+                || (is_spawner(&command_line) && holds(pid, &listeners));
             (ours && !dead).then_some(Process { pid, name })
         })
         .collect()
@@ -87,6 +91,27 @@ fn is_daemon_of(command_line: &str, root: &Path) -> bool {
     let program = args.next().and_then(|program| program.rsplit('/').next()).unwrap_or_default();
     super::PROGRAMS.contains(&program)
         && args.any(|arg| Path::new(arg.strip_prefix("--state=").unwrap_or(arg)) == root)
+}
+
+/// Whether a command line is a launcher's spawner; it does not say of which state folder.
+fn is_spawner(command_line: &str) -> bool {
+    command_line.trim_end_matches('\0').ends_with("fastcontainer-launcher\0spawner")
+}
+
+/// The sockets on which a spawner of this state folder listens, as `/proc/PID/fd` shows them.
+fn listeners(root: &Path) -> Vec<PathBuf> {
+    let socket = StateDir::new(root).launcher().join("spawner.sock");
+    let text = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    text.lines()
+        .map(|line| line.split_whitespace().skip(6).collect::<Vec<_>>())
+        .filter(|fields| fields.get(1).is_some_and(|path| Path::new(path) == socket))
+        .filter_map(|fields| Some(format!("socket:[{}]", fields.first()?).into()))
+        .collect()
+}
+
+fn holds(pid: i32, sockets: &[PathBuf]) -> bool {
+    let Ok(fds) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    fds.flatten().filter_map(|fd| fs::read_link(fd.path()).ok()).any(|target| sockets.contains(&target))
 }
 
 /// Removes our empty cgroups; returns those that are not empty.
