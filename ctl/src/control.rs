@@ -65,7 +65,7 @@ pub(crate) fn steps(timing: &WakeTiming) -> Vec<String> {
         .iter()
         .map(|step| (text::clean(&step.name).into_owned(), step.us))
         .chain(unnamed)
-        .map(|(name, us)| format!("  {name:<22} {:>12}", text::exact_ms(us)))
+        .map(|(name, us)| format!("  {name:<28} {:>12}", text::exact_ms(us)))
         .collect()
 }
 
@@ -104,9 +104,9 @@ mod tests {
         assert_eq!(
             steps(&timing),
             [
-                "  clone                      0.400 ms",
-                "  app                        2.000 ms",
-                "  (between the steps)        0.100 ms",
+                "  clone                            0.400 ms",
+                "  app                              2.000 ms",
+                "  (between the steps)              0.100 ms",
             ]
         );
     }
