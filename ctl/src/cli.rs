@@ -25,7 +25,7 @@ Examples:
   fastcontainer check conf.d                                  is every file right?
   sudo fastcontainer ps                                       what runs, since when, with how much CPU and memory
   sudo fastcontainer events --follow --app blog               what happens to an app, as it happens
-  sudo fastcontainer why 01JDEXAMPLE                          where the time of one request went";
+  sudo fastcontainer why 7e382553a3f048da9951b845                          where the time of one request went";
 
 /// The operator's command of FastContainer.
 #[derive(Debug, Parser)]
@@ -222,13 +222,13 @@ pub(crate) struct Restart {
 }
 
 const WHY: &str = "\
-Every response carries its id in the header X-Request-Id; the access log and error pages show it too. The proxy keeps
-the last 4096 requests. The parts that are printed sum to the whole.
+A request's id is in the access log (STATE/proxy/access.log) and on error pages. The proxy keeps the last 4096 requests.
+The parts that are printed sum to the whole.
 
 Examples:
-  curl -sI http://blog.example.com/ | grep -i x-request-id
-  sudo fastcontainer why 01JDEXAMPLE
-  sudo fastcontainer why 01JDEXAMPLE --json";
+  tail -1 /var/lib/fastcontainer/proxy/access.log | jq -r .request_id
+  sudo fastcontainer why 7e382553a3f048da9951b845
+  sudo fastcontainer why 7e382553a3f048da9951b845 --json";
 
 /// `why`
 #[derive(Args, Debug)]
