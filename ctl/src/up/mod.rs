@@ -285,6 +285,7 @@ struct Signals {
     interrupt: Signal,
     terminate: Signal,
     hangup: Signal,
+    on_terminal: bool,
 }
 
 impl Signals {
@@ -295,6 +296,7 @@ impl Signals {
             interrupt: catch(SignalKind::interrupt())?,
             terminate: catch(SignalKind::terminate())?,
             hangup: catch(SignalKind::hangup())?,
+            on_terminal: has_terminal(),
         })
     }
 
@@ -303,13 +305,18 @@ impl Signals {
         tokio::select! {
             _ = self.interrupt.recv() => true,
             _ = self.terminate.recv() => true,
-            _ = self.hangup.recv() => false,
+            _ = self.hangup.recv() => self.on_terminal && !has_terminal(),
         }
     }
 
     async fn end(&mut self) {
         while !self.next_is_end().await {}
     }
+}
+
+/// Whether stderr is a terminal that is still there: the hangup of one that was closed asks for the end.
+fn has_terminal() -> bool {
+    nix::unistd::tcgetpgrp(io::stderr()).is_ok()
 }
 
 /// Proxies and launchers have a descriptor per connection: the children inherit the most that is allowed.
