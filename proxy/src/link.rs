@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::Ordering::{Relaxed, SeqCst},
@@ -31,8 +32,10 @@ use crate::{
 
 /// How often the launcher hears what instances do.
 const REPORT_EVERY: Duration = Duration::from_millis(250);
-/// Sockets that come along with a wake.
-const WAKE_SOCKETS: u32 = 16;
+/// Sockets that come along with a wake: one for each who waits, within these bounds.
+const WAKE_SOCKETS: std::ops::RangeInclusive<u32> = 2..=32;
+/// A back-off that ends this soon is waited for.
+const SHORT_BACKOFF_MS: u64 = 250;
 /// Most reports in one packet.
 const REPORT_CHUNK: usize = 256;
 
@@ -124,12 +127,18 @@ async fn follow(house: &Arc<House>, line: watch::Sender<Option<Client>>) {
                 tracing::info!(path = %path.display(), "connected to the launcher");
                 house.linked.store(true, SeqCst);
                 line.send_replace(Some(client));
-                house.admit(|cache| cache.begin_sync());
+                house.synced.store(false, SeqCst);
+                house.cache.begin_sync();
                 while let Some(change) = changes.recv().await {
                     let synced = matches!(change, Change::Synced);
-                    house.admit(|cache| cache.apply(change));
+                    // A record that nobody thought of may cost its own app, never the link (and with it all apps).
+                    let applied = catch_unwind(AssertUnwindSafe(|| house.admit(|cache| cache.apply(change))));
+                    if applied.is_err() {
+                        tracing::error!("a record of the CMDB could not be taken over; this is a bug");
+                    }
                     if synced {
                         pause.reset();
+                        house.synced.store(true, SeqCst);
                         house.informed.store(true, SeqCst);
                         // A launcher that has just come has not heard what was said to the one before.
                         house
@@ -177,7 +186,7 @@ async fn wake(app: Arc<AppRuntime>, mut line: Line) {
     // Nobody waits any more: nobody needs the next attempt.
     while !app.room.is_empty() {
         let Some(client) = connection(&mut line).await else { continue };
-        match client.wake(&app.name, WAKE_SOCKETS).await {
+        match client.wake(&app.name, sockets_for(app.room.len())).await {
             Ok(woken) => {
                 if app.woken(woken) {
                     break;
@@ -186,7 +195,11 @@ async fn wake(app: Arc<AppRuntime>, mut line: Line) {
             Err(ClientError::Refused(refusal)) => {
                 // The launcher may learn of a new app a moment after this proxy did, or have begun to end an instance.
                 let race = matches!(refusal.code, RefusalCode::UnknownApp | RefusalCode::UnknownInstance);
-                if !race || begun.elapsed() > Duration::from_secs(2) {
+                // Nobody is sent away for a moment that is over before they could come back.
+                let moment = refusal.retry_after_ms.filter(|ms| *ms <= SHORT_BACKOFF_MS);
+                if let (RefusalCode::Backoff, Some(ms)) = (refusal.code, moment) {
+                    sleep(Duration::from_millis(ms)).await;
+                } else if !race || begun.elapsed() > Duration::from_secs(2) {
                     tracing::info!(app = %app.name, code = %refusal.code, reason = %refusal.message, "not woken");
                     app.refuse(&Fault::of_refusal(&refusal));
                     break;
@@ -197,6 +210,10 @@ async fn wake(app: Arc<AppRuntime>, mut line: Line) {
         sleep(pause.next()).await;
     }
     app.wake_ended();
+}
+
+fn sockets_for(waiting: usize) -> u32 {
+    u32::try_from(waiting).unwrap_or(u32::MAX).clamp(*WAKE_SOCKETS.start(), *WAKE_SOCKETS.end())
 }
 
 async fn refill(stock: Arc<Stock>, mut line: Line) {
@@ -223,9 +240,17 @@ async fn refill(stock: Arc<Stock>, mut line: Line) {
 
 /// The connection, waited for a second at most, so that the caller can see whether it is still wanted.
 async fn connection(line: &mut Line) -> Option<Client> {
-    match timeout(Duration::from_secs(1), line.wait_for(Option::is_some)).await {
-        Ok(Ok(client)) => client.clone(),
-        _ => None,
+    let waited = timeout(Duration::from_secs(1), line.wait_for(Option::is_some))
+        .await
+        .map(|client| client.map(|client| client.clone()).ok());
+    match waited {
+        Ok(Some(client)) => client,
+        Ok(None) => {
+            // The link has ended, and the runtime is about to.
+            sleep(Duration::from_secs(1)).await;
+            None
+        }
+        Err(_) => None,
     }
 }
 
@@ -253,6 +278,8 @@ async fn report(house: &Arc<House>, line: Line) {
         active.retain(|_, upstream| {
             let what = activity_of(upstream);
             let quiet = what.in_flight == 0 && what.requests == 0;
+            // Also the last one, with nothing in it: the launcher must not believe in requests that have ended.
+            activity.push(what);
             if quiet {
                 // A request that comes right now puts it on the list again.
                 upstream.listed.store(false, SeqCst);
@@ -260,9 +287,8 @@ async fn report(house: &Arc<House>, line: Line) {
                     upstream.listed.store(true, SeqCst);
                     return true;
                 }
+                upstream.stock().settle();
             }
-            // Also once when it has become quiet: the launcher would count its last requests as under way for ever.
-            activity.push(what);
             !quiet
         });
         let mut rest = activity.into_iter().peekable();

@@ -1,7 +1,10 @@
 //! What the proxy remembers over its own restarts: the last known good configuration, so that it can begin to serve (and
 //! hold) before the launcher answers.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering::SeqCst},
+    time::Duration,
+};
 
 use cmdb::{AppRecord, Change, cache::LastKnownGood};
 use tokio::time::sleep;
@@ -18,12 +21,14 @@ fn file(house: &House) -> LastKnownGood {
 /// Fills the empty cache with what is remembered; the launcher's watch then corrects it.
 pub(crate) fn recall(house: &Arc<House>) {
     match file(house).read() {
+        Ok(apps) if apps.is_empty() => {}
         Ok(apps) => {
             tracing::info!(apps = apps.len(), "the last known good configuration is in place");
             for app in apps {
                 let change = Change::Put { app, record: Arc::new(AppRecord::default()) };
                 house.admit(|cache| cache.apply(change));
             }
+            house.informed.store(true, SeqCst);
         }
         Err(error) => tracing::warn!(%error, "there is no last known good configuration"),
     }
@@ -35,7 +40,7 @@ pub(crate) async fn keep(house: &Arc<House>) {
     loop {
         sleep(WRITE_EVERY).await;
         let version = house.cache.version();
-        if version == written || !house.informed.load(std::sync::atomic::Ordering::SeqCst) {
+        if version == written || !house.synced.load(SeqCst) {
             continue;
         }
         let (file, apps) = (file(house), house.cache.apps());

@@ -221,30 +221,22 @@ fn escaped(text: &str) -> String {
     out
 }
 
-/// What of the launcher's words may be shown to visitors: how the process ended, and nothing of paths or output.
+/// What of the launcher's words ("APP exited with status 3 before it listened") may be shown to visitors: how the process ended,
+/// and nothing of paths or output.
 fn for_visitors(message: &str) -> String {
+    const ENDS: [&str; 4] = ["exited with ", "was ended by ", "was killed", "ran out of memory"];
     let clause = message.split(';').next().unwrap_or_default().trim().trim_end_matches('.');
-    let safe = [
-        "exited",
-        "it exited",
-        "was killed",
-        "it was killed",
-        "killed by",
-        "ended",
-        "it ended",
-        "ran out of memory",
-        "it ran out",
-    ]
-    .iter()
-    .any(|begin| clause.starts_with(begin));
-    let plain = clause
-        .chars()
-        .all(|char| char.is_ascii_alphanumeric() || matches!(char, ' ' | '(' | ')' | '-' | ',' | '.'));
-    if safe && plain && clause.len() <= 120 {
-        clause.to_owned()
-    } else {
-        "it ended before it listened".to_owned()
-    }
+    let without_name = clause.split_once(' ').map_or("", |(_, rest)| rest);
+    let plain = |text: &str| {
+        text.len() <= 120
+            && text
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || matches!(c, ' ' | '(' | ')' | '-' | ',' | '.'))
+    };
+    [clause, without_name]
+        .into_iter()
+        .find(|text| ENDS.iter().any(|end| text.starts_with(end)) && plain(text))
+        .map_or_else(|| "its program could not be run".to_owned(), |text| format!("it {text}"))
 }
 
 #[cfg(test)]
@@ -282,11 +274,22 @@ mod tests {
 
     #[test]
     fn visitors_learn_how_the_app_ended_and_nothing_else() {
-        assert_eq!(
-            for_visitors("exited with status 3 before it listened; last line: DB password is x"),
-            "exited with status 3 before it listened"
-        );
-        assert_eq!(for_visitors("cannot execute /srv/secret: ENOENT"), "it ended before it listened");
-        assert_eq!(for_visitors("exited: /srv/secret"), "it ended before it listened");
+        for (message, shown) in [
+            (
+                "blog exited with status 3 before it listened; its last line: pw=x",
+                "it exited with status 3 before it listened",
+            ),
+            ("exited with status 3", "it exited with status 3"),
+            ("blog was ended by SIGKILL", "it was ended by SIGKILL"),
+            (
+                "blog ran out of memory (limit 64MiB) and was killed",
+                "it ran out of memory (limit 64MiB) and was killed",
+            ),
+            ("blog could not be started: exec (/srv/secret): ENOENT", "its program could not be run"),
+            ("blog exited with /srv/secret", "its program could not be run"),
+            ("", "its program could not be run"),
+        ] {
+            assert_eq!(for_visitors(message), shown, "{message}");
+        }
     }
 }

@@ -47,6 +47,8 @@ pub struct House {
     pub begun: Instant,
     /// Whether the launcher can be reached.
     pub linked: AtomicBool,
+    /// Whether the launcher has confirmed the routing state since the connection to it was made.
+    pub synced: AtomicBool,
     /// Whether the routing state is known (from the launcher, or the last known good).
     pub informed: AtomicBool,
     /// Whether the proxy is about to end: nobody may begin to wait.
@@ -122,6 +124,7 @@ impl House {
             telemetry: Telemetry::new(config.access_log),
             begun: Instant::now(),
             linked: AtomicBool::new(false),
+            synced: AtomicBool::new(false),
             informed: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             commands,
@@ -277,6 +280,7 @@ impl AppRuntime {
         if !upstream.revive() {
             return false;
         }
+        upstream.stock().expect(woken.sockets.len());
         upstream.stock().put(woken.sockets);
         self.last_wake.store(Arc::new((woken.generation, woken.timing)));
         self.publish(&known);

@@ -31,7 +31,9 @@ use crate::{config::Config, link::Command, measure::Window, quirks::YieldBeforeR
 /// queue, and a connection that does not fit there stalls for a second.
 const BURST: u32 = 100;
 /// First size of a batch of sockets; it grows when the stock runs empty.
-const FIRST_BATCH: u32 = 16;
+const FIRST_BATCH: u32 = 4;
+/// Sockets that a quiet instance keeps: thousands of apps share one process's descriptors.
+const QUIET_STOCK: usize = 2;
 
 /// Tells two instances apart in Pingora's connection pool, whose key knows nothing of namespaces: never the same twice in a process.
 static NEXT_GROUP_KEY: AtomicU64 = AtomicU64::new(1);
@@ -337,6 +339,29 @@ impl Stock {
         for _ in 0..count {
             self.arrived.notify_one();
         }
+    }
+
+    /// A crowd is on its way: `count` sockets came at once, and the next batch should be as large.
+    pub fn expect(&self, count: usize) {
+        self.batch.fetch_max(u32::try_from(count).unwrap_or(MAX_BATCH).min(MAX_BATCH), Relaxed);
+    }
+
+    /// The instance has become quiet: most spare sockets go.
+    pub fn settle(&self) {
+        self.batch.store(FIRST_BATCH, Relaxed);
+        while self.sockets.len() > QUIET_STOCK && self.sockets.pop().is_some() {}
+    }
+
+    /// How many sockets there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.sockets.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.sockets.is_empty()
     }
 
     /// A refill has ended, with or without success.

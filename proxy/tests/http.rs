@@ -23,7 +23,7 @@ use launcher_client::{
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     sync::Notify,
     time::timeout,
 };
@@ -169,7 +169,10 @@ fn assert_sums_up(record: &RequestRecord) {
 async fn an_instance_that_refuses_connections_is_woken_again_for_any_method() {
     let web = Web::saying("hello").await;
     let launcher = FakeLauncher::start();
-    launcher.put(app("blog"), free_address().port());
+    // Bound, but nobody listens: every connection is refused, and no other test can come to listen there.
+    let dead = TcpSocket::new_v4().unwrap();
+    dead.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    launcher.put(app("blog"), dead.local_addr().unwrap().port());
     let proxy = Proxy::start(&launcher).await;
     // The launcher notices after a while that the instance is dead and starts another.
     let body = b"POST / HTTP/1.1\r\nHost: blog.test\r\nConnection: close\r\nContent-Length: 3\r\n\r\nabc";

@@ -18,10 +18,15 @@ use std::{
 };
 
 use common::*;
+use launcher_client::admin::{self, Answer, Question};
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        signal::{Signal, kill},
+    },
     unistd::Pid,
 };
+use tokio::time::sleep;
 
 /// Ends the process when the test ends, however it ends.
 struct Running(Child);
@@ -91,6 +96,50 @@ async fn the_program_gives_up_root_serves_and_ends_when_it_is_idle() {
     assert!(!launcher.state.proxy_socket().exists());
     assert!(lines(&log) >= 1, "the log was opened anew");
     assert_eq!(lines(&log) + lines(&rotated), 3, "the last request is in the log too");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_held_requests_are_cheap_and_all_answered() {
+    const CROWD: usize = 4_000;
+    let (launcher, web) = (FakeLauncher::start(), Web::saying("hello").await);
+    let mut wide = app("blog");
+    wide.hold.queue = 10_000;
+    launcher.put(wide, web.port);
+    launcher.script("blog", |script| script.delay = Duration::from_secs(4));
+    open_up(&launcher);
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    let address = free_address();
+    let (state, listen) = (launcher.state.root().to_str().unwrap(), address.to_string());
+    let running =
+        start(Path::new(env!("CARGO_BIN_EXE_fastcontainer-proxy")), &["--listen", &listen, "--state", state]);
+    eventually(|| launcher.state.proxy_socket().exists()).await;
+    let before = resident_kib(&running);
+    let requests: Vec<_> = (0..CROWD).map(|_| tokio::spawn(get(address, "blog.test", "/"))).collect();
+    let mut held = 0;
+    while held < CROWD as u64 {
+        let Answer::Stats(stats) =
+            admin::ask(&launcher.state.proxy_socket(), &Question::Stats {}).await.unwrap()
+        else {
+            panic!()
+        };
+        held = stats.held;
+        assert!(launcher.wakes("blog") <= 1);
+        sleep(Duration::from_millis(10)).await;
+    }
+    let each = (resident_kib(&running) - before) / CROWD;
+    // Without optimisation the futures of a request are larger.
+    let most = if cfg!(debug_assertions) { 56 } else { 32 };
+    assert!(each <= most, "{each} KiB for each held request");
+    for request in requests {
+        assert_eq!(request.await.unwrap().status, 200);
+    }
+}
+
+fn resident_kib(running: &Running) -> usize {
+    let status = fs::read_to_string(format!("/proc/{}/status", running.0.id())).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -16,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use cmdb::cache::LastKnownGood;
 use common::*;
 use launcher_client::wire::{Refusal, RefusalCode, Request};
 use tokio::{io::AsyncWriteExt, net::TcpStream, sync::Notify, time::sleep};
@@ -34,6 +35,9 @@ async fn five_hundred_first_requests_wake_one_instance_and_are_all_answered() {
     assert_eq!(launcher.wakes("blog"), 1);
     assert_eq!(web.count(), 500);
     assert_eq!(proxy.held(), 0);
+    // Thousands of quiet apps share the descriptors of one process.
+    let stock = Arc::clone(proxy.house.apps()[0].upstreams()[0].stock());
+    eventually(|| stock.len() <= 2).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -295,6 +299,8 @@ async fn the_launcher_hears_of_the_first_byte_and_of_activity() {
     }
     eventually(|| launcher.heard(|request| matches!(request, Request::Report { activity } if activity.iter().any(|one| one.requests > 0 && one.first_byte_us > 0))) > 0).await;
     assert_eq!(launcher.heard(|request| matches!(request, Request::FirstByte { .. })), 1);
+    // And that there is none any more: otherwise the app would never count as idle.
+    eventually(|| launcher.heard(|request| matches!(request, Request::Report { activity } if activity.iter().any(|one| one.requests == 0 && one.in_flight == 0))) > 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -315,6 +321,39 @@ async fn warm_apps_are_served_while_the_launcher_is_away_and_cold_ones_when_it_i
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_that_starts_before_the_launcher_holds_what_it_knew_last() {
+    let (launcher, web) = (FakeLauncher::start(), Web::saying("hello").await);
+    launcher.put(app("blog"), web.port);
+    launcher.disconnect();
+    LastKnownGood::new(launcher.state.proxy().join("apps.last-known-good"))
+        .write(&[Arc::new(app("blog"))])
+        .unwrap();
+    let proxy = Proxy::start(&launcher).await;
+    assert_eq!(get(proxy.address, "shop.test", "/").await.status, 404);
+    let held = tokio::spawn(get(proxy.address, "blog.test", "/"));
+    eventually(|| proxy.held() == 1).await;
+    launcher.reconnect();
+    assert_eq!(held.await.unwrap().body, "hello");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_that_was_removed_while_the_launcher_was_away_is_unknown_afterwards() {
+    let (launcher, web) = (FakeLauncher::start(), Web::saying("hello").await);
+    let mut short = app("blog");
+    short.hold.timeout = Duration::from_millis(300);
+    launcher.put(short, web.port);
+    launcher.put(app("shop"), web.port);
+    let proxy = Proxy::start(&launcher).await;
+    launcher.disconnect();
+    launcher.remove("shop");
+    assert_eq!(get(proxy.address, "blog.test", "/").await.status, 503, "no launcher, nothing warm");
+    launcher.reconnect();
+    eventually(|| proxy.house.apps().len() == 1).await;
+    assert_eq!(get(proxy.address, "shop.test", "/").await.status, 404);
+    assert_eq!(get(proxy.address, "blog.test", "/").await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn without_a_launcher_a_cold_app_is_unavailable_at_its_deadline() {
     let launcher = FakeLauncher::start();
     let mut short = app("blog");
@@ -322,7 +361,7 @@ async fn without_a_launcher_a_cold_app_is_unavailable_at_its_deadline() {
     launcher.put(short, 1);
     let proxy = Proxy::start(&launcher).await;
     launcher.disconnect();
-    eventually(|| !proxy.house.linked.load(std::sync::atomic::Ordering::SeqCst)).await;
+    eventually(|| !proxy.house.linked.load(SeqCst)).await;
     let response = get(proxy.address, "blog.test", "/").await;
     assert_eq!((response.status, response.header("retry-after")), (503, Some("1")));
 }

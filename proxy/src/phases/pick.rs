@@ -1,5 +1,6 @@
 //! A place on an instance: at once if one is ready and nobody waits, otherwise after a hold.
 
+use http::header;
 use pingora::{proxy::Session, upstreams::peer::HttpPeer};
 
 use super::{Ctx, hold};
@@ -24,7 +25,12 @@ pub async fn pick(session: &mut Session, ctx: &mut Ctx) -> pingora::Result<Box<H
     };
     ctx.watch.enter(Part::Connect);
     ctx.generation = Some(lease.upstream.generation);
-    let peer = lease.upstream.peer(session.is_upgrade_req());
+    let peer = lease.upstream.peer(is_websocket(session));
     ctx.lease = Some(lease);
     Ok(peer)
+}
+
+fn is_websocket(session: &Session) -> bool {
+    let upgrade = session.req_header().headers.get(header::UPGRADE);
+    upgrade.is_some_and(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket"))
 }
