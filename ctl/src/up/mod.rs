@@ -50,7 +50,7 @@ pub(crate) async fn run(global: &Global, options: &cli::Up, out: &mut Output) ->
     let conf = std::fs::canonicalize(&options.conf).map_err(|error| {
         Failure::failed(format!("the folder {} cannot be read: {error}", options.conf.display()))
     })?;
-    let vhosts = check::load_and_complain(&conf)?;
+    let vhosts = check::load_and_complain(&conf);
     let mut signals = Signals::listen()?;
 
     let root = folder::make(&global.state)?;
