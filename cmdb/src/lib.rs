@@ -10,6 +10,7 @@ pub mod instance;
 pub mod store;
 pub mod transition;
 pub mod units;
+pub mod vhost;
 
 pub use app::{App, AppName, HostPattern};
 pub use instance::{Generation, Instance, InstanceId, State};

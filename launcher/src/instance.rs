@@ -12,6 +12,7 @@ use crate::{
     cgroup::{Group, Limits},
     clock::unix_us,
     host::{Host, lock},
+    image::Lease,
     keeper::{Created, Exit, KeeperError, KeeperEvent, Listening, monotonic_us},
     network::NetSockets,
     output::{Capture, Output},
@@ -112,6 +113,8 @@ struct Made {
     group: Arc<Group>,
     sockets: NetSockets,
     timing: WakeTiming,
+    /// As long as this is held, a newer version of the image does not displace the unpacked layers.
+    _image: Lease,
 }
 
 impl Launch {
@@ -181,7 +184,7 @@ impl Launch {
         let note =
             Note::Created { generation: self.generation, pid, group: Arc::clone(&group), image: image.id };
         self.tell(note);
-        Ok(Made { created, group, sockets, timing })
+        Ok(Made { created, group, sockets, timing, _image: image.lease })
     }
 
     /// From the process's birth to its end.

@@ -1,4 +1,5 @@
 //! Sockets in other network namespaces on the real kernel, as root.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail anywhere")]
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};

@@ -9,7 +9,7 @@ use cmdb::{
     units::Bytes,
 };
 
-pub fn app(name: &str, host: &str) -> App {
+pub(crate) fn app(name: &str, host: &str) -> App {
     App {
         name: name.parse().unwrap(),
         server_names: vec![host.parse().unwrap()],

@@ -375,10 +375,10 @@ impl Group {
     /// # Errors
     /// The system's. A group that is gone is no error.
     pub fn kill(&self) -> Result<(), CgroupError> {
-        if let Some(directory) = self.roles.unified.map(|index| &self.directories[index]) {
-            if directory.run("kill", |fd| files::write_if_there(fd, "cgroup.kill", "1"))? {
-                return Ok(());
-            }
+        if let Some(directory) = self.roles.unified.map(|index| &self.directories[index])
+            && directory.run("kill", |fd| files::write_if_there(fd, "cgroup.kill", "1"))?
+        {
+            return Ok(());
         }
         for _ in 0..KILL_ROUNDS {
             // Best effort: without a freezer the rounds alone must win the race against forks.

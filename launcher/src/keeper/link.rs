@@ -17,6 +17,8 @@ use crate::spawner::wire::{self, Event, Present, Request};
 
 /// How long a spawner may take to say what it has, and to end after it closed the connection.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How often one may be found that is just leaving.
+const MEETINGS: usize = 3;
 
 pub(super) struct Link {
     socket: AsyncFd<OwnedFd>,
@@ -36,6 +38,17 @@ pub(super) struct Listed {
 impl Link {
     /// Connects to the spawner that is there, or to one that is started now.
     pub(super) async fn open(place: &Place) -> io::Result<(Link, Vec<Listed>)> {
+        for _ in 0..MEETINGS {
+            match Link::meet(place).await {
+                // It was on its way out.
+                Err(error) if is_parting(&error) => tracing::debug!(%error, "the spawner left; asking again"),
+                other => return other,
+            }
+        }
+        Link::meet(place).await
+    }
+
+    async fn meet(place: &Place) -> io::Result<(Link, Vec<Listed>)> {
         let (socket, child) = match connect(&place.socket) {
             Ok(socket) => (socket, None),
             Err(error)
@@ -101,10 +114,33 @@ impl Link {
 
     /// Closes the connection and waits for the end of a spawner that was told to end.
     pub(super) async fn close(mut self) {
-        if let Some(child) = &mut self.child {
-            let _ = tokio::time::timeout(PATIENCE, child.wait()).await;
+        let gone = async {
+            match &mut self.child {
+                Some(child) => drop(child.wait().await),
+                // An earlier daemon's.
+                None => drop(ended(self.pid).await),
+            }
+        };
+        if tokio::time::timeout(PATIENCE, gone).await.is_err() {
+            tracing::warn!(pid = self.pid, "the spawner does not end");
         }
     }
+}
+
+/// Waits for the end of a process that is not our child.
+async fn ended(pid: u32) -> io::Result<()> {
+    let pid = i32::try_from(pid)
+        .ok()
+        .and_then(rustix::process::Pid::from_raw)
+        .ok_or(io::ErrorKind::InvalidInput)?;
+    let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::NONBLOCK)?;
+    crate::asyncfd::register(pidfd, Interest::READABLE)?.readable().await?.retain_ready();
+    Ok(())
+}
+
+fn is_parting(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
 
 fn new_socket() -> io::Result<OwnedFd> {

@@ -1,6 +1,7 @@
 //! The spawner's loop: one thread, one epoll, nothing that blocks.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -198,10 +199,11 @@ impl Server {
             return Err(failed(libc::EEXIST, "the container exists already"));
         }
         let fds = counts.unpack(fds).ok_or_else(|| failed(libc::EBADF, "not the descriptors of the plan"))?;
-        if !self.userns.contains_key(&plan.id_base) {
-            self.userns.insert(plan.id_base, UserNs::new(plan.id_base)?);
-        }
-        let started = start(plan, fds, &self.userns[&plan.id_base])?;
+        let userns = match self.userns.entry(plan.id_base) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(UserNs::new(plan.id_base)?),
+        };
+        let started = start(plan, fds, userns)?;
         let mut container = Container::new(plan.id.clone(), started.pid, started.pidfd, plan.port);
         if let Err(errno) = rustix::io::ioctl_fionbio(&started.report, true) {
             container.signal(Signal::KILL);

@@ -1,0 +1,147 @@
+//! The vhost file format: one TOML file of `conf.d/` is one app (DESIGN.md §9, `docs/vhost.md`).
+//!
+//! Every fault of every file is found in one go, and each names file, line, column, what stands there and the mend. A
+//! file with a fault yields no app; it disturbs no other file.
+
+mod fault;
+mod read;
+mod reader;
+mod schema;
+
+use std::{
+    collections::HashMap,
+    fs,
+    io::Read as _,
+    path::{Path, PathBuf},
+};
+
+use crate::app::{App, AppName, HostPattern};
+pub use fault::{Fault, render};
+pub use schema::reference;
+
+/// Larger files are refused: a vhost file has some dozen lines.
+const LARGEST: u64 = 1 << 20;
+
+/// What a folder of vhost files holds.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    /// The apps of the files without a fault, by file name.
+    pub apps: Vec<LoadedApp>,
+    /// Every fault of every other file, by file name.
+    pub faults: Vec<Fault>,
+}
+
+/// One app and the file that it comes from.
+#[derive(Debug)]
+pub struct LoadedApp {
+    /// The app.
+    pub app: App,
+    /// Its file.
+    pub path: PathBuf,
+}
+
+/// Reads all vhost files of `dir`; relative paths of images start at the folder in which `dir` lies.
+#[must_use]
+pub fn load_dir(dir: &Path) -> Loaded {
+    let whole = std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
+    load_dir_from(dir, whole.parent().unwrap_or(Path::new("/")))
+}
+
+/// Reads all vhost files of `dir`; relative paths of images start at `base`.
+#[must_use]
+pub fn load_dir_from(dir: &Path, base: &Path) -> Loaded {
+    let mut loaded = Loaded::default();
+    let mut paths = match vhost_files(dir) {
+        Ok(paths) => paths,
+        Err(error) => {
+            let mend = "name the folder that holds the vhost files, and let its user read it";
+            loaded.faults.push(Fault::of_file(dir, format!("the folder cannot be read: {error}"), mend));
+            return loaded;
+        }
+    };
+    paths.sort();
+    let mut owners: HashMap<HostPattern, (PathBuf, usize, usize)> = HashMap::new();
+    for path in paths {
+        let parsed = read_file(&path).and_then(|bytes| read::file(&path, &bytes, base));
+        let (app, names) = match parsed {
+            Ok(parsed) => parsed,
+            Err(faults) => {
+                loaded.faults.extend(faults);
+                continue;
+            }
+        };
+        let mut clashes = Vec::new();
+        for named in &names {
+            if let Some((owner, line, column)) = owners.get(&named.pattern) {
+                let message = format!(
+                    "the server-name \"{}\" belongs to {}:{line}:{column} already",
+                    named.pattern,
+                    owner.display()
+                );
+                clashes.push(named.fault(message, "take it out of one of the two files"));
+            }
+        }
+        if !clashes.is_empty() {
+            loaded.faults.extend(clashes);
+            continue;
+        }
+        for named in names {
+            owners.insert(named.pattern, (path.clone(), named.line, named.column));
+        }
+        loaded.apps.push(LoadedApp { app, path });
+    }
+    loaded
+}
+
+/// Reads one vhost file from memory; `path` names it in faults and gives the app its name.
+///
+/// # Errors
+/// Every fault of the file, never just the first.
+pub fn parse_file(path: &Path, bytes: &[u8], base: &Path) -> Result<App, Vec<Fault>> {
+    read::file(path, bytes, base).map(|(app, _)| app)
+}
+
+/// The files that count: `*.toml` without a leading dot.
+fn vhost_files(dir: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+        if name.ends_with(b".toml") && !name.starts_with(b".") {
+            paths.push(path);
+        }
+    }
+    Ok(paths)
+}
+
+fn read_file(path: &Path) -> Result<Vec<u8>, Vec<Fault>> {
+    let fault = |message: String, mend| vec![Fault::of_file(path, message, mend)];
+    let unreadable = |e: std::io::Error| {
+        fault(format!("it cannot be read: {e}"), "make it a file that everybody may read, or take it away")
+    };
+    let metadata = fs::metadata(path).map_err(unreadable)?;
+    // Not opened before this is known: opening a pipe would wait for its other end.
+    if !metadata.is_file() {
+        return Err(fault("it is no file".into(), "only files may be called *.toml in here"));
+    }
+    if metadata.len() > LARGEST {
+        let message = format!("it has {} bytes, and a vhost file may have {LARGEST}", metadata.len());
+        return Err(fault(message, "is this a vhost file? If not, take it out of the folder"));
+    }
+    let mut bytes = Vec::new();
+    fs::File::open(path)
+        .and_then(|file| file.take(LARGEST + 1).read_to_end(&mut bytes))
+        .map_err(unreadable)?;
+    Ok(bytes)
+}
+
+/// The app that a file is named for.
+fn app_name(path: &Path, faults: &mut Vec<Fault>) -> Option<AppName> {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let name = stem.parse::<AppName>();
+    if let Err(error) = &name {
+        let mend = "rename the file: its name without .toml is the app's name";
+        faults.push(Fault::of_file(path, error.to_string(), mend));
+    }
+    name.ok()
+}

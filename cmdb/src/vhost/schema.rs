@@ -1,0 +1,324 @@
+//! The keys of a vhost file: one table, from which the parser checks names and suggests others, and from which
+//! `docs/vhost.md` is made.
+
+use std::fmt::Write as _;
+
+/// One key.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Key {
+    /// The table that it stands in; empty for the top.
+    pub(super) section: &'static str,
+    /// Its name.
+    pub(super) name: &'static str,
+    /// What it takes, in words.
+    pub(super) takes: &'static str,
+    /// What holds without it; empty: it must be given.
+    pub(super) default: &'static str,
+    /// A value as it is written.
+    pub(super) example: &'static str,
+    /// What it does.
+    doc: &'static str,
+}
+
+const fn key(
+    section: &'static str,
+    name: &'static str,
+    takes: &'static str,
+    default: &'static str,
+    example: &'static str,
+    doc: &'static str,
+) -> Key {
+    Key { section, name, takes, default, example, doc }
+}
+
+/// The sections in the order of the reference, with what each is about. `volume` is an array of tables.
+pub(super) const SECTIONS: [(&str, &str); 7] = [
+    ("", "Which requests are the app's."),
+    ("container", "What runs."),
+    ("volume", "Folders of the DataPool inside the container; each `[[volume]]` is one."),
+    ("resources", "What it may use."),
+    ("lifecycle", "When it starts and ends."),
+    ("scale", "How many run."),
+    ("hold", "How requests wait while nothing is ready for them."),
+];
+
+/// All keys.
+pub(super) const KEYS: &[Key] = &[
+    key(
+        "",
+        "server-name",
+        "a list of host names",
+        "",
+        "[\"blog.example.com\", \"*.blog.example.com\"]",
+        "The host names that lead to this app. `*.` in front stands for one label or more. An exact name wins over a wildcard, a longer wildcard over a shorter one. A name belongs to one file.",
+    ),
+    key(
+        "container",
+        "image",
+        "an image",
+        "",
+        "\"dir:/srv/images/wordpress\"",
+        "`dir:PATH` is a folder that is the root of a file system; `tar:PATH` an archive of one (plain, gzip or zstd), unpacked once. A relative path starts at the folder in which `conf.d` lies. The image is never written to; each start uses it as it is then.",
+    ),
+    key(
+        "container",
+        "command",
+        "a list of texts",
+        "",
+        "[\"apache2ctl\", \"-D\", \"FOREGROUND\"]",
+        "Program and arguments. A program without `/` is looked for in the `PATH` of `env`. It must stay in the foreground.",
+    ),
+    key(
+        "container",
+        "port",
+        "a number from 1 to 65535",
+        "the first port on which it listens",
+        "80",
+        "The TCP port on which the app listens, on 127.0.0.1 or on all addresses. Any port can be used by any user, also 80.",
+    ),
+    key(
+        "container",
+        "user",
+        "a text",
+        "the container's root",
+        "\"www-data\"",
+        "Whom the program runs as: a name or number of the image's own passwd file, `user` or `user:group`. The container's root has no rights on the host.",
+    ),
+    key(
+        "container",
+        "workdir",
+        "an absolute path",
+        "\"/\"",
+        "\"/var/www/html\"",
+        "Working directory inside the container.",
+    ),
+    key(
+        "container",
+        "env",
+        "a table of texts",
+        "empty",
+        "{ WORDPRESS_DB_HOST = \"10.0.0.5\" }",
+        "Environment. `PATH`, `HOME`, `HOSTNAME`, `PORT`, `FC_APP` and `FC_GENERATION` are given unless set here.",
+    ),
+    key("volume", "source", "a relative path", "", "\"blog/wp-content\"", "Folder beneath the DataPool."),
+    key(
+        "volume",
+        "target",
+        "an absolute path",
+        "",
+        "\"/var/www/html/wp-content\"",
+        "Where it appears inside; made if the image lacks it.",
+    ),
+    key("volume", "read-only", "true or false", "false", "true", "Whether the app may only read it."),
+    key(
+        "resources",
+        "cpu",
+        "an amount of CPU",
+        "unlimited",
+        "\"30%\"",
+        "CPU quota: a share of one core, or a number of cores such as \"1.5\". It begins with the first response, so that the start is quick.",
+    ),
+    key(
+        "resources",
+        "cpu-max",
+        "an amount of CPU",
+        "the same as `cpu`",
+        "\"60%\"",
+        "How far the quota may be raised.",
+    ),
+    key(
+        "resources",
+        "memory",
+        "a size",
+        "\"512MiB\"",
+        "\"256MiB\"",
+        "Memory limit, with what is written to the container's own disk and /dev/shm. Over it, a process of this app is ended and nobody else's.",
+    ),
+    key("resources", "pids", "a number", "256", "128", "Most processes and threads."),
+    key(
+        "resources",
+        "disk",
+        "a size",
+        "\"1GiB\"",
+        "\"64MiB\"",
+        "Most that may be written over the image; it lies in memory and is gone with the instance.",
+    ),
+    key(
+        "lifecycle",
+        "start-timeout",
+        "a duration",
+        "\"30s\"",
+        "\"20s\"",
+        "From the start to listening; after it the start has failed.",
+    ),
+    key(
+        "lifecycle",
+        "freeze-after",
+        "a duration or \"never\"",
+        "\"never\"",
+        "\"30s\"",
+        "Idle time after which the instance is frozen. (Read and kept; freezing itself is still to come.)",
+    ),
+    key(
+        "lifecycle",
+        "idle-timeout",
+        "a duration or \"never\"",
+        "\"10m\"",
+        "\"10m\"",
+        "Idle time after which the instance ends. The next request starts another.",
+    ),
+    key(
+        "lifecycle",
+        "lifetime",
+        "a duration or \"never\"",
+        "\"never\"",
+        "\"1h\"",
+        "Age (give or take a tenth) at which an instance is replaced: the new one is ready before the old one ends.",
+    ),
+    key(
+        "lifecycle",
+        "drain-timeout",
+        "a duration",
+        "\"30s\"",
+        "\"30s\"",
+        "How long requests under way may hold up the end of an instance.",
+    ),
+    key("lifecycle", "stop-timeout", "a duration", "\"10s\"", "\"10s\"", "From SIGTERM to SIGKILL."),
+    key("scale", "min", "a number", "0", "0", "Fewest instances."),
+    key("scale", "max", "a number", "1", "4", "Most instances. (Adding them by load is still to come.)"),
+    key(
+        "scale",
+        "response-time",
+        "a duration or \"never\"",
+        "\"never\"",
+        "\"500ms\"",
+        "First-byte time (p90 of the last second) above which the app counts as slow.",
+    ),
+    key(
+        "scale",
+        "concurrency",
+        "a number",
+        "unlimited",
+        "64",
+        "Requests in one instance at a time; more wait.",
+    ),
+    key(
+        "scale",
+        "pick",
+        "\"random\" or \"p2c\"",
+        "\"random\"",
+        "\"p2c\"",
+        "How one of several instances is picked: at random, or the less busy one of two random ones.",
+    ),
+    key(
+        "hold",
+        "queue",
+        "a number",
+        "1000",
+        "1000",
+        "Most requests that wait for this app at a time; the next gets 503.",
+    ),
+    key("hold", "timeout", "a duration", "\"30s\"", "\"30s\"", "Longest wait; after it 504."),
+    key(
+        "hold",
+        "page",
+        "true or false",
+        "false",
+        "false",
+        "Whether a browser that navigates gets a waiting page. (Read and kept; the page itself is still to come.)",
+    ),
+];
+
+/// The key of that name.
+pub(super) fn find(section: &str, name: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|key| key.section == section && key.name == name)
+}
+
+/// The key or section that was probably meant, with its place.
+pub(super) fn suggestion(section: &str, name: &str) -> Option<String> {
+    let near = |other: &str| distance(name, other) <= 1 + other.len() / 4;
+    let here = KEYS.iter().filter(|key| key.section == section && near(key.name));
+    if let Some(key) = here.min_by_key(|key| distance(name, key.name)) {
+        return Some(format!("did you mean \"{}\"?", key.name));
+    }
+    if section.is_empty()
+        && let Some((other, _)) = SECTIONS
+            .iter()
+            .filter(|(other, _)| !other.is_empty() && near(other))
+            .min_by_key(|(other, _)| distance(name, other))
+    {
+        return Some(format!("did you mean [{other}]?"));
+    }
+    let elsewhere = KEYS.iter().find(|key| key.name == name)?;
+    Some(if elsewhere.section.is_empty() {
+        format!("\"{name}\" stands at the top of the file, before the first [section]")
+    } else {
+        format!("\"{name}\" belongs into [{}]", elsewhere.section)
+    })
+}
+
+/// The names that may stand in a section.
+pub(super) fn names(section: &str) -> String {
+    let mut names: Vec<String> =
+        KEYS.iter().filter(|key| key.section == section).map(|key| key.name.to_owned()).collect();
+    if section.is_empty() {
+        names.extend(
+            SECTIONS.iter().filter(|(name, _)| !name.is_empty()).map(|(name, _)| format!("[{name}]")),
+        );
+    }
+    names.join(", ")
+}
+
+/// `docs/vhost.md`: every key of a vhost file.
+#[must_use]
+pub fn reference() -> String {
+    let mut text = String::from(
+        "<!-- Made from cmdb/src/vhost/schema.rs by `UPDATE_DOCS=1 cargo test -p fastcontainer-cmdb`. -->\n\
+         # The vhost file\n\n\
+         One TOML file in `conf.d/` is one app; the file's name without `.toml` is the app's name. Files that begin with a dot\n\
+         or do not end in `.toml` are left alone. A change is taken over within a second; a file with a fault keeps its last\n\
+         good version and disturbs no other. `fastcontainer check conf.d` tells of every fault.\n\n\
+         Durations are written `\"500ms\"`, `\"30s\"`, `\"10m\"`, `\"1h30m\"`, `\"7d\"`; sizes `\"256MiB\"`, `\"1GiB\"`; CPU `\"30%\"` of one\n\
+         core, or `\"1.5\"` cores. Unknown keys are refused.\n",
+    );
+    for (section, about) in SECTIONS {
+        let title = match section {
+            "" => "The top of the file".to_owned(),
+            "volume" => "`[[volume]]`".to_owned(),
+            other => format!("`[{other}]`"),
+        };
+        // Writing to a String cannot fail.
+        let _ = write!(
+            text,
+            "\n## {title}\n\n{about}\n\n| Key | Takes | Without it | Example |\n|---|---|---|---|\n"
+        );
+        for key in KEYS.iter().filter(|key| key.section == section) {
+            let default = if key.default.is_empty() { "must be given" } else { key.default };
+            let _ = writeln!(text, "| `{}` | {} | {default} | `{}` |", key.name, key.takes, key.example);
+        }
+        text.push('\n');
+        for key in KEYS.iter().filter(|key| key.section == section) {
+            let _ = writeln!(text, "- **`{}`**: {}", key.name, key.doc);
+        }
+    }
+    text
+}
+
+/// Levenshtein's distance; names are short.
+fn distance(a: &str, b: &str) -> usize {
+    if a.len() > 64 {
+        return usize::MAX / 2;
+    }
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, cb) in b.iter().enumerate() {
+            let substituted = diagonal + usize::from(ca != *cb);
+            diagonal = row[j + 1];
+            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}

@@ -1,0 +1,266 @@
+//! The command line.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand};
+use cmdb::AppName;
+use launcher_client::paths::DEFAULT_STATE;
+
+const ABOUT: &str = "\
+FastContainer: web apps in containers that the first request wakes, in milliseconds.
+
+Run `fastcontainer up` on a host, put one TOML file per web app into conf.d/, open its host name in a browser.
+Nothing of an app runs until somebody visits it, and nothing of it is left when nobody does any more.";
+
+const AFTER: &str = "\
+Exit codes:
+  0  done
+  1  it failed; the reason is on stderr
+  2  wrong usage, or this user may not
+  3  nothing answers: no FastContainer runs with this state folder
+  4  no such app or request
+
+Examples:
+  sudo fastcontainer up                                       one host, in the foreground; Ctrl-C ends everything
+  fastcontainer check conf.d                                  is every file right?
+  sudo fastcontainer ps                                       what runs, since when, with how much CPU and memory
+  sudo fastcontainer events --follow --app blog               what happens to an app, as it happens
+  sudo fastcontainer why 7e382553a3f048da9951b845                          where the time of one request went";
+
+/// The operator's command of FastContainer.
+#[derive(Debug, Parser)]
+#[command(name = "fastcontainer", version, about = "Web apps in containers that the first request wakes", long_about = ABOUT, after_help = AFTER, max_term_width = 110)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// For all commands.
+#[derive(Args, Debug)]
+pub(crate) struct Global {
+    /// The state folder; each has its own daemons, so that several may run on one host
+    #[arg(long, global = true, value_name = "DIR", env = "FASTCONTAINER_STATE", default_value = DEFAULT_STATE)]
+    pub(crate) state: PathBuf,
+    /// Write JSON for programs instead of text for people
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Say more
+    #[arg(short, long, global = true)]
+    pub(crate) verbose: bool,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run everything on this host, in the foreground, until Ctrl-C
+    #[command(after_help = UP)]
+    Up(Up),
+    /// Read a folder of vhost files and show every fault of every file
+    #[command(after_help = CHECK)]
+    Check(Check),
+    /// Show the apps and their instances
+    #[command(after_help = PS)]
+    Ps(Ps),
+    /// Show what happened, and follow what happens
+    #[command(after_help = EVENTS)]
+    Events(Events),
+    /// Show the last output of an app
+    #[command(after_help = LOGS)]
+    Logs(Logs),
+    /// Start an app now, as a request would
+    #[command(after_help = WAKE)]
+    Wake(Wake),
+    /// End all instances of an app; the next request wakes it again
+    #[command(after_help = STOP)]
+    Stop(Stop),
+    /// Replace all instances of an app, the new one first
+    #[command(after_help = RESTART)]
+    Restart(Restart),
+    /// Explain where the time of one request went
+    #[command(after_help = WHY)]
+    Why(Why),
+}
+
+const UP: &str = "\
+Starts launcher, coreapi and proxy, restarts the one that dies, and on Ctrl-C (or SIGTERM) lets the requests under way
+finish, ends all containers and leaves nothing behind. Ctrl-C twice ends at once. SIGHUP reads conf.d and reopens logs.
+Stdout gets one line `ready http://ADDRESS/` for each --listen when requests are answered, then `open URL` lines.
+Logs go to stderr (RUST_LOG chooses how much). Must be run as root.
+
+Examples:
+  sudo fastcontainer up
+  sudo fastcontainer up --conf /etc/fastcontainer/conf.d --listen 0.0.0.0:80 --listen '[::]:80'
+  sudo fastcontainer up --state /tmp/try --listen 127.0.0.1:8090      a second one beside the first";
+
+/// `up`
+#[derive(Args, Debug)]
+pub(crate) struct Up {
+    /// Folder of vhost files, one per app
+    #[arg(long, value_name = "DIR", default_value = "conf.d")]
+    pub(crate) conf: PathBuf,
+    /// Address for HTTP; may be given several times
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8080")]
+    pub(crate) listen: Vec<SocketAddr>,
+    /// Where the CMDB lives: `embedded` in the launcher
+    #[arg(long, value_name = "WHERE", default_value = "embedded", value_parser = ["embedded"])]
+    pub(crate) cmdb: String,
+}
+
+const CHECK: &str = "\
+Exit 0: every file is right. Exit 1: the faults are on stdout, each with file, line, column and the mend.
+
+Examples:
+  fastcontainer check conf.d
+  fastcontainer check --json conf.d | jq .";
+
+/// `check`
+#[derive(Args, Debug)]
+pub(crate) struct Check {
+    /// Folder of vhost files
+    #[arg(value_name = "DIR", default_value = "conf.d")]
+    pub(crate) dir: PathBuf,
+}
+
+const PS: &str = "\
+One line per instance; an app of which nothing runs is `absent`. CPU is the time used and the quota in force now.
+GENERATION is the end of the instance's number; --wide shows all of it, with ports, host names and reasons.
+
+Examples:
+  sudo fastcontainer ps
+  sudo fastcontainer ps blog --wide
+  sudo fastcontainer ps --json | jq -r '.[] | select(.state == \"ready\") | .instance'";
+
+/// `ps`
+#[derive(Args, Debug)]
+pub(crate) struct Ps {
+    /// Only this app
+    pub(crate) app: Option<AppName>,
+    /// All columns
+    #[arg(short, long)]
+    pub(crate) wide: bool,
+}
+
+const EVENTS: &str = "\
+Times are local. With --json, one object per line.
+
+Examples:
+  sudo fastcontainer events --app blog
+  sudo fastcontainer events --follow
+  sudo fastcontainer events --since 4711 --json";
+
+/// `events`
+#[derive(Args, Debug)]
+pub(crate) struct Events {
+    /// Go on with new events as they happen
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// Only events after this number
+    #[arg(long, value_name = "SEQ", default_value_t = 0)]
+    pub(crate) since: u64,
+    /// Only events about this app
+    #[arg(long)]
+    pub(crate) app: Option<AppName>,
+}
+
+const LOGS: &str = "\
+Shows what the app wrote to stdout and stderr, also of instances that have ended (a bounded amount is kept).
+
+Examples:
+  sudo fastcontainer logs blog
+  sudo fastcontainer logs blog -n 500 --json";
+
+/// `logs`
+#[derive(Args, Debug)]
+pub(crate) struct Logs {
+    /// Whose output
+    pub(crate) app: AppName,
+    /// Most lines, counted from the end
+    #[arg(short = 'n', long, value_name = "LINES", default_value_t = 100)]
+    pub(crate) lines: u32,
+}
+
+const WAKE: &str = "\
+Prints how long it took; with -v, step by step. Exit 1 with the reason when the app does not start.
+
+Examples:
+  sudo fastcontainer wake blog
+  sudo fastcontainer wake blog -v";
+
+/// `wake`
+#[derive(Args, Debug)]
+pub(crate) struct Wake {
+    /// Which app
+    pub(crate) app: AppName,
+}
+
+const STOP: &str = "\
+Requests under way may finish, up to the app's drain-timeout; the command waits until all instances are gone.
+
+Examples:
+  sudo fastcontainer stop blog";
+
+/// `stop`
+#[derive(Args, Debug)]
+pub(crate) struct Stop {
+    /// Which app
+    pub(crate) app: AppName,
+}
+
+const RESTART: &str = "\
+No request is refused meanwhile. The command returns when the replacement has begun; `events --app APP` shows the rest.
+
+Examples:
+  sudo fastcontainer restart blog";
+
+/// `restart`
+#[derive(Args, Debug)]
+pub(crate) struct Restart {
+    /// Which app
+    pub(crate) app: AppName,
+}
+
+const WHY: &str = "\
+A request's id is in the access log (STATE/proxy/access.log) and on error pages. The proxy keeps the last 4096 requests.
+The parts that are printed sum to the whole.
+
+Examples:
+  tail -1 /var/lib/fastcontainer/proxy/access.log | jq -r .request_id
+  sudo fastcontainer why 7e382553a3f048da9951b845
+  sudo fastcontainer why 7e382553a3f048da9951b845 --json";
+
+/// `why`
+#[derive(Args, Debug)]
+pub(crate) struct Why {
+    /// The request's id
+    pub(crate) id: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_examples() {
+        for command in Cli::command().get_subcommands() {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Examples:\n  "), "{}", command.get_name());
+        }
+    }
+
+    #[test]
+    fn several_addresses_may_be_given() {
+        let cli = Cli::parse_from(["fastcontainer", "up", "--listen", "127.0.0.1:1", "--listen", "[::1]:2"]);
+
+        let Command::Up(up) = cli.command else { panic!("not up") };
+        assert_eq!(up.listen.len(), 2);
+    }
+}

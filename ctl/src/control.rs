@@ -1,0 +1,113 @@
+//! `wake`, `stop`, `restart`: what an operator does to one app.
+
+use cmdb::{AppName, Generation};
+use launcher_client::wire::{Request, WakeTiming};
+use serde::Serialize;
+
+use crate::{
+    cli::{self, Global},
+    failure::Failure,
+    launcher,
+    output::{Output, Style},
+    text,
+};
+
+/// `wake`: has an instance ready and tells how long that took.
+pub(crate) async fn wake(global: &Global, options: cli::Wake, out: &mut Output) -> Result<(), Failure> {
+    let client = launcher::connect(global).await?;
+    let woken = client.wake(&options.app, 0).await?;
+    if out.is_json() {
+        return out.json(&WokenJson {
+            instance: format!("{}.{}", options.app, woken.generation),
+            app: &options.app,
+            generation: woken.generation,
+            port: woken.port,
+            timing: &woken.timing,
+        });
+    }
+    let headline = if woken.timing.warm {
+        format!("{}.{} was ready already, on port {}", options.app, woken.generation, woken.port)
+    } else {
+        let took = text::duration_us(woken.timing.total_us);
+        format!("{}.{} is ready on port {}, after {took}", options.app, woken.generation, woken.port)
+    };
+    out.line(&out.paint(Style::Bold, &headline))?;
+    if global.verbose {
+        for line in steps(&woken.timing) {
+            out.line(&line)?;
+        }
+    }
+    Ok(())
+}
+
+/// `stop`: ends all instances of an app.
+pub(crate) async fn stop(global: &Global, options: cli::Stop, out: &mut Output) -> Result<(), Failure> {
+    let client = launcher::connect(global).await?;
+    client.done(Request::Stop { app: options.app.clone() }).await?;
+    done(&options.app, "stopped", "is stopped; the next request wakes it", out)
+}
+
+/// `restart`: replaces all instances of an app.
+pub(crate) async fn restart(global: &Global, options: cli::Restart, out: &mut Output) -> Result<(), Failure> {
+    let client = launcher::connect(global).await?;
+    client.done(Request::Restart { app: options.app.clone() }).await?;
+    done(&options.app, "restarting", "is being replaced, the new instance first", out)
+}
+
+/// The steps of a start, each with its time; together they are the whole.
+pub(crate) fn steps(timing: &WakeTiming) -> Vec<String> {
+    let named: u64 = timing.steps.iter().map(|step| step.us).sum();
+    // What no step claims is shown too, so that the reader never wonders where it went.
+    let rest = timing.total_us.saturating_sub(named);
+    let unnamed = (rest > 0 && !timing.warm).then(|| ("(between the steps)".to_owned(), rest));
+    timing
+        .steps
+        .iter()
+        .map(|step| (text::clean(&step.name).into_owned(), step.us))
+        .chain(unnamed)
+        .map(|(name, us)| format!("  {name:<28} {:>12}", text::exact_ms(us)))
+        .collect()
+}
+
+fn done(app: &AppName, did: &str, says: &str, out: &mut Output) -> Result<(), Failure> {
+    if out.is_json() {
+        return out.json(&serde_json::json!({ "app": app, "done": did }));
+    }
+    out.line(&format!("{app} {says}"))
+}
+
+#[derive(Serialize)]
+struct WokenJson<'a> {
+    instance: String,
+    app: &'a AppName,
+    generation: Generation,
+    port: u16,
+    timing: &'a WakeTiming,
+}
+
+#[cfg(test)]
+mod tests {
+    use launcher_client::wire::Step;
+
+    use super::*;
+
+    #[test]
+    fn the_steps_of_a_wake_sum_to_the_whole() {
+        let step = |name: &str, us| Step { name: name.into(), us };
+        let timing = WakeTiming {
+            begun_us: 0,
+            total_us: 2_500,
+            steps: vec![step("clone", 400), step("app", 2_000)],
+            warm: false,
+        };
+
+        assert_eq!(
+            steps(&timing),
+            [
+                "  clone                            0.400 ms",
+                "  app                              2.000 ms",
+                "  (between the steps)              0.100 ms",
+            ]
+        );
+    }
+}

@@ -1,0 +1,232 @@
+//! `ps`: the apps and their instances.
+
+use cmdb::{
+    Generation,
+    units::{Bytes, Millicores},
+};
+use launcher_client::wire::Status;
+use serde::Serialize;
+
+use crate::{
+    cli::{self, Global},
+    failure::Failure,
+    launcher,
+    output::{Output, Style},
+    table::{self, Align},
+    text,
+};
+
+/// Runs the command.
+pub(crate) async fn run(global: &Global, options: cli::Ps, out: &mut Output) -> Result<(), Failure> {
+    let client = launcher::connect(global).await?;
+    let mut statuses = launcher::statuses(&client, options.app.clone()).await?;
+    if let Some(app) = options.app
+        && statuses.is_empty()
+    {
+        return Err(Failure::NotFound(format!("no app is called \"{app}\"")));
+    }
+    statuses.sort_by(|a, b| (&a.app, a.generation).cmp(&(&b.app, b.generation)));
+    if out.is_json() {
+        let all: Vec<Line<'_>> = statuses.iter().map(Line::of).collect();
+        return out.json(&all);
+    }
+    if statuses.is_empty() {
+        return out.line("no apps; put a vhost file into conf.d/");
+    }
+    for (number, line) in lines(&statuses, options.wide).into_iter().enumerate() {
+        match number.checked_sub(1).and_then(|row| statuses.get(row)) {
+            None => out.line(&out.paint(Style::Bold, &line))?,
+            Some(status) => match colour(&status.state) {
+                Some(style) => out.line(&out.paint(style, &line))?,
+                None => out.line(&line)?,
+            },
+        }
+    }
+    Ok(())
+}
+
+/// The last digits of a generation: enough to tell an app's instances apart by eye.
+pub(crate) fn short(generation: Generation) -> String {
+    let digits = generation.to_string();
+    match digits.len().checked_sub(6) {
+        Some(cut) => digits[cut..].to_owned(),
+        None => digits,
+    }
+}
+
+/// A status for programs: with the instance's full name.
+#[derive(Serialize)]
+struct Line<'a> {
+    instance: Option<String>,
+    #[serde(flatten)]
+    status: &'a Status,
+}
+
+impl<'a> Line<'a> {
+    fn of(status: &'a Status) -> Self {
+        let instance = status.generation.map(|generation| format!("{}.{generation}", status.app));
+        Self { instance, status }
+    }
+}
+
+fn colour(state: &str) -> Option<Style> {
+    match state {
+        Status::ABSENT => Some(Style::Dim),
+        Status::BACKING_OFF => Some(Style::Red),
+        "starting" | "draining" => Some(Style::Yellow),
+        "frozen" => Some(Style::Cyan),
+        _ => None,
+    }
+}
+
+fn lines(statuses: &[Status], wide: bool) -> Vec<String> {
+    use Align::{Left, Right};
+    let mut titles = vec![
+        ("APP", Left),
+        ("GENERATION", Right),
+        ("STATE", Left),
+        ("PID", Right),
+        ("AGE", Right),
+        ("IDLE", Right),
+        ("IN-FLIGHT", Right),
+        ("REQUESTS", Right),
+        ("CPU", Right),
+        ("MEMORY", Right),
+        ("IMAGE", Left),
+    ];
+    if wide {
+        titles.extend([("PIDS", Right), ("PORT", Right), ("SERVER-NAMES", Left), ("REASON", Left)]);
+    }
+    let rows: Vec<Vec<String>> = statuses.iter().map(|status| row(status, wide)).collect();
+    table::lines(&titles, &rows)
+}
+
+fn row(status: &Status, wide: bool) -> Vec<String> {
+    let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+    // Traffic of an app without an instance is not there, rather than 0.
+    let count = |value: u64| or_dash(status.generation.map(|_| value.to_string()));
+    let generation =
+        status.generation.map(|generation| if wide { generation.to_string() } else { short(generation) });
+    let mut row = vec![
+        status.app.to_string(),
+        or_dash(generation),
+        text::clean(&status.state).into_owned(),
+        or_dash(status.pid.map(|pid| pid.to_string())),
+        or_dash(status.age_ms.map(text::duration_ms)),
+        or_dash(status.idle_ms.map(text::duration_ms)),
+        count(status.in_flight.into()),
+        count(status.requests),
+        of(
+            status.cpu_us.map(text::duration_us),
+            status
+                .generation
+                .and(Some(status.cpu_limit.map_or("∞".to_owned(), |c| Millicores(c).to_string()))),
+        ),
+        of(
+            status.memory_bytes.map(|bytes| Bytes(bytes).to_string()),
+            status.memory_limit.map(|bytes| Bytes(bytes).to_string()),
+        ),
+        or_dash(Some(text::clean(&status.image).into_owned()).filter(|image| !image.is_empty())),
+    ];
+    if wide {
+        row.extend([
+            or_dash(status.pids.map(|pids| pids.to_string())),
+            or_dash(status.port.map(|port| port.to_string())),
+            text::clean(&status.server_names.join(",")).into_owned(),
+            text::clean(&status.reason).into_owned(),
+        ]);
+    }
+    row
+}
+
+/// `used/limit`, or what is known of it.
+fn of(used: Option<String>, limit: Option<String>) -> String {
+    match (used, limit) {
+        (Some(used), Some(limit)) => format!("{used}/{limit}"),
+        (Some(used), None) => used,
+        (None, Some(limit)) => format!("-/{limit}"),
+        (None, None) => "-".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ready() -> Status {
+        Status {
+            app: "hello".parse().unwrap(),
+            server_names: vec!["hello.localhost".into()],
+            generation: Some(Generation(1_763_972_712_345)),
+            state: "ready".into(),
+            reason: String::new(),
+            pid: Some(4711),
+            port: Some(8000),
+            age_ms: Some(192_000),
+            idle_ms: Some(450),
+            in_flight: 2,
+            requests: 31,
+            cpu_us: Some(12_500),
+            cpu_limit: Some(300),
+            memory_bytes: Some(3 << 20),
+            memory_limit: Some(64 << 20),
+            pids: Some(3),
+            image: "sha256:0123456789ab".into(),
+        }
+    }
+
+    fn absent() -> Status {
+        Status {
+            app: "blog".parse().unwrap(),
+            generation: None,
+            state: Status::ABSENT.into(),
+            pid: None,
+            port: None,
+            age_ms: None,
+            idle_ms: None,
+            in_flight: 0,
+            requests: 0,
+            cpu_us: None,
+            cpu_limit: None,
+            memory_bytes: None,
+            memory_limit: None,
+            pids: None,
+            image: String::new(),
+            ..ready()
+        }
+    }
+
+    #[test]
+    fn an_operator_sees_what_runs_and_what_does_not() {
+        let lines = lines(&[absent(), ready()], false);
+
+        assert_eq!(
+            lines,
+            [
+                "APP    GENERATION  STATE    PID    AGE   IDLE  IN-FLIGHT  REQUESTS         CPU      MEMORY  IMAGE",
+                "blog            -  absent     -      -      -          -         -           -           -  -",
+                "hello      712345  ready   4711  3m12s  450ms          2        31  12.5ms/30%  3MiB/64MiB  sha256:0123456789ab",
+            ]
+        );
+    }
+
+    #[test]
+    fn wide_shows_the_whole_generation_and_why() {
+        let backing_off =
+            Status { state: Status::BACKING_OFF.into(), reason: "exit status 1\x1b[2J".into(), ..absent() };
+
+        let lines = lines(&[ready(), backing_off], true);
+
+        assert!(lines[1].contains("1763972712345"), "{}", lines[1]);
+        assert!(lines[2].ends_with("hello.localhost  exit status 1\\x1b[2J"), "{}", lines[2]);
+    }
+
+    #[test]
+    fn programs_get_the_full_name_of_an_instance() {
+        let line = serde_json::to_value(Line::of(&ready())).unwrap();
+
+        assert_eq!(line["instance"], "hello.1763972712345");
+        assert_eq!(line["in_flight"], 2);
+        assert_eq!(serde_json::to_value(Line::of(&absent())).unwrap()["instance"], serde_json::Value::Null);
+    }
+}

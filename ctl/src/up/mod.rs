@@ -1,0 +1,361 @@
+//! `up`: everything on one host, in the foreground.
+
+mod folder;
+mod leftovers;
+mod service;
+
+use std::{
+    ffi::OsString,
+    future::Future,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use launcher_client::{Client, paths::StateDir};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    time::{Instant, sleep, timeout},
+};
+
+use self::service::{Kept, Service};
+use crate::{
+    check,
+    cli::{self, Global},
+    failure::Failure,
+    launcher,
+    output::{Output, Style},
+};
+
+const LAUNCHER: &str = "fastcontainer-launcher";
+const COREAPI: &str = "fastcontainer-coreapi";
+const PROXY: &str = "fastcontainer-proxy";
+pub(crate) const PROGRAMS: [&str; 3] = [LAUNCHER, COREAPI, PROXY];
+
+/// How long the start may take in all.
+const START: Duration = Duration::from_secs(60);
+/// How long a former launcher, or a former proxy's address, may take to go.
+const FORMER: Duration = Duration::from_secs(20);
+
+/// Runs the command.
+pub(crate) async fn run(global: &Global, options: &cli::Up, out: &mut Output) -> Result<(), Failure> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Failure::usage(
+            "`up` must be run as root, because it makes containers: sudo fastcontainer up",
+        ));
+    }
+    let programs = [find(LAUNCHER)?, find(COREAPI)?, find(PROXY)?];
+    let conf = std::fs::canonicalize(&options.conf).map_err(|error| {
+        Failure::failed(format!("the folder {} cannot be read: {error}", options.conf.display()))
+    })?;
+    let vhosts = check::load_and_complain(&conf);
+    let mut signals = Signals::listen()?;
+
+    let root = folder::make(&global.state)?;
+    let _lock = folder::Lock::take(&root)?;
+    let cgroup = folder::cgroup_name(&root);
+    tracing::debug!("state folder {}, cgroup {cgroup}", root.display());
+    raise_file_limit();
+
+    let mut kept = Vec::new();
+    let start = start(&root, &conf, &cgroup, options, &programs, &vhosts, &mut kept);
+    let started = tokio::select! {
+        started = timeout(START, start) => started.unwrap_or_else(|_| {
+            Err(Failure::failed(format!("not everything was ready within {} s; see the log above", START.as_secs())))
+        }),
+        () = signals.end() => Err(Failure::Told),
+    };
+    let served = match started {
+        Ok(()) => match announce(&options.listen, &vhosts, out) {
+            Ok(()) | Err(Failure::ReaderLeft) => {
+                serve(&kept, &mut signals).await;
+                Ok(())
+            }
+            Err(failure) => Err(failure),
+        },
+        // Ctrl-C before it was ready is no failure.
+        Err(Failure::Told) => Ok(()),
+        Err(failure) => Err(failure),
+    };
+    let clean = stop(kept, &mut signals, &root, &cgroup).await;
+    served.and(clean)
+}
+
+/// Starts the daemons, each when what it needs is there, and returns when requests are answered.
+async fn start(
+    root: &Path,
+    conf: &Path,
+    cgroup: &str,
+    options: &cli::Up,
+    programs: &[PathBuf; 3],
+    vhosts: &[check::Vhost],
+    kept: &mut Vec<Kept>,
+) -> Result<(), Failure> {
+    folder::wait_for_former_launcher(root, FORMER).await?;
+    for address in &options.listen {
+        wait_until_free(*address).await?;
+    }
+    let [launcher, coreapi, proxy] = programs;
+    let state = StateDir::new(root);
+    let common = |args: &[&dyn AsRef<std::ffi::OsStr>]| -> Vec<OsString> {
+        let mut all: Vec<OsString> = vec!["--state".into(), root.into()];
+        all.extend(args.iter().map(|arg| arg.as_ref().to_owned()));
+        all.push("--die-with-parent".into());
+        all
+    };
+
+    let args = common(&[&"--cgroup-parent", &cgroup]);
+    let grace = Duration::from_secs(40);
+    kept.push(Service { name: LAUNCHER, program: launcher.clone(), args, grace }.keep());
+    let socket = state.launcher_socket();
+    let client = unless_it_ends(kept, wait_for_launcher(&socket)).await??;
+
+    let args = common(&[&"--conf", &conf]);
+    kept.push(
+        Service { name: COREAPI, program: coreapi.clone(), args, grace: Duration::from_secs(5) }.keep(),
+    );
+    let mut args = common(&[]);
+    for address in &options.listen {
+        args.extend(["--listen".into(), address.to_string().into()]);
+    }
+    kept.push(Service { name: PROXY, program: proxy.clone(), args, grace: Duration::from_secs(20) }.keep());
+    unless_it_ends(kept, async {
+        wait_for_proxy(&state.proxy_socket(), &options.listen).await;
+        wait_for_apps(&client, vhosts).await;
+    })
+    .await
+}
+
+/// `work`, unless one of the daemons ends before it is done: at the start that is an error to be shown, not to be retried.
+async fn unless_it_ends<T>(kept: &[Kept], work: impl Future<Output = T>) -> Result<T, Failure> {
+    let mut ends: Vec<_> = kept.iter().map(|kept| Box::pin(kept.ends_too_soon())).collect();
+    let any_end = std::future::poll_fn(|context| {
+        for end in &mut ends {
+            if let std::task::Poll::Ready(how) = end.as_mut().poll(context) {
+                return std::task::Poll::Ready(how);
+            }
+        }
+        std::task::Poll::Pending
+    });
+    tokio::select! {
+        done = work => Ok(done),
+        how = any_end => Err(Failure::failed(format!("{how} before it was ready; see its message above"))),
+    }
+}
+
+async fn wait_for_launcher(socket: &Path) -> Result<Client, Failure> {
+    loop {
+        if let Ok(client) = Client::connect(socket).await
+            && launcher::statuses(&client, None).await.is_ok()
+        {
+            return Ok(client);
+        }
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+async fn wait_for_proxy(socket: &Path, listen: &[SocketAddr]) {
+    loop {
+        let admin = match tokio::net::UnixStream::connect(socket).await {
+            Ok(_) => true,
+            // Somebody listens there who speaks in packets.
+            Err(error) => error.raw_os_error() == Some(nix::libc::EPROTOTYPE),
+        };
+        if admin {
+            break;
+        }
+        sleep(Duration::from_millis(5)).await;
+    }
+    for address in listen {
+        while tokio::net::TcpStream::connect(reachable(*address)).await.is_err() {
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+/// Waits until the launcher knows all apps, so that the first visitor of `ready` does not meet a 404.
+async fn wait_for_apps(client: &Client, vhosts: &[check::Vhost]) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        if let Ok(known) = launcher::statuses(client, None).await
+            && vhosts.iter().all(|vhost| known.iter().any(|status| status.app.as_str() == vhost.app))
+        {
+            return;
+        }
+        if Instant::now() >= deadline {
+            tracing::warn!("the launcher does not know all apps of conf.d yet; see the log above");
+            return;
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// An address that this host can connect to when it listens on `address`.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
+}
+
+/// Fails when somebody else listens there; a proxy of a former run may still be ending, so a moment is given.
+async fn wait_until_free(address: SocketAddr) -> Result<(), Failure> {
+    let deadline = Instant::now() + Duration::from_secs(3);
+    loop {
+        match TcpListener::bind(address) {
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() != io::ErrorKind::AddrInUse || Instant::now() >= deadline => {
+                return Err(Failure::failed(format!(
+                    "cannot listen on {address}: {error}; choose another address with --listen"
+                )));
+            }
+            Err(_) => sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
+
+/// Says on stdout that requests are answered, and what to open.
+fn announce(listen: &[SocketAddr], vhosts: &[check::Vhost], out: &mut Output) -> Result<(), Failure> {
+    let urls = listen.first().map(|address| urls(vhosts, address.port())).unwrap_or_default();
+    if out.is_json() {
+        let ready: Vec<String> = listen.iter().map(|address| format!("http://{address}/")).collect();
+        out.json(&serde_json::json!({ "ready": ready, "open": urls }))?;
+        return out.flush();
+    }
+    for address in listen {
+        let ready = out.paint(Style::Green, "ready");
+        out.line(&format!("{ready} http://{address}/"))?;
+    }
+    for url in urls {
+        let url = out.paint(Style::Bold, &url);
+        out.line(&format!("open {url}"))?;
+    }
+    out.flush()
+}
+
+/// One URL for each exact host name.
+fn urls(vhosts: &[check::Vhost], port: u16) -> Vec<String> {
+    let names = vhosts.iter().flat_map(|vhost| &vhost.server_names).filter(|name| !name.starts_with('*'));
+    names
+        .map(|name| if port == 80 { format!("http://{name}/") } else { format!("http://{name}:{port}/") })
+        .collect()
+}
+
+/// Until somebody asks us to end.
+async fn serve(kept: &[Kept], signals: &mut Signals) {
+    while !signals.next_is_end().await {
+        tracing::info!("SIGHUP: configuration is read again");
+        // The launcher has no configuration of its own.
+        kept.iter().skip(1).for_each(Kept::hangup);
+    }
+}
+
+/// Ends the daemons, the proxy first so that nobody is refused, and verifies that nothing is left.
+async fn stop(kept: Vec<Kept>, signals: &mut Signals, root: &Path, cgroup: &str) -> Result<(), Failure> {
+    if !kept.is_empty() {
+        tracing::info!("ending; Ctrl-C again to end at once");
+    }
+    let mut hurried = false;
+    let mut killed = false;
+    for service in kept.into_iter().rev() {
+        let hurry = async {
+            if !hurried {
+                signals.end().await;
+            }
+        };
+        let was_killed = service.stop(hurry).await;
+        hurried |= was_killed;
+        killed = was_killed;
+    }
+    // `killed` speaks of the launcher now, which ends last: if it could not sweep, we must.
+    let left = leftovers::sweep(root, cgroup, killed).await;
+    if left.is_empty() {
+        tracing::debug!("ended; nothing is left");
+        return Ok(());
+    }
+    Err(Failure::failed(format!("this would not go: {}", left.join(", "))))
+}
+
+/// The signals that `up` obeys; caught from the beginning, so that none ends us in the middle.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+    on_terminal: bool,
+}
+
+impl Signals {
+    fn listen() -> Result<Self, Failure> {
+        let catch =
+            |kind| signal(kind).map_err(|error| Failure::failed(format!("cannot catch signals: {error}")));
+        Ok(Self {
+            interrupt: catch(SignalKind::interrupt())?,
+            terminate: catch(SignalKind::terminate())?,
+            hangup: catch(SignalKind::hangup())?,
+            on_terminal: has_terminal(),
+        })
+    }
+
+    /// Whether the next signal asks for the end (or for the configuration to be read again).
+    async fn next_is_end(&mut self) -> bool {
+        tokio::select! {
+            _ = self.interrupt.recv() => true,
+            _ = self.terminate.recv() => true,
+            _ = self.hangup.recv() => self.on_terminal && !has_terminal(),
+        }
+    }
+
+    async fn end(&mut self) {
+        while !self.next_is_end().await {}
+    }
+}
+
+/// Whether stderr is a terminal that is still there: the hangup of one that was closed asks for the end.
+fn has_terminal() -> bool {
+    nix::unistd::tcgetpgrp(io::stderr()).is_ok()
+}
+
+/// Proxies and launchers have a descriptor per connection: the children inherit the most that is allowed.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!("cannot raise the limit of open files: {error}");
+    }
+}
+
+/// A program beside our own, else on PATH.
+fn find(name: &str) -> Result<PathBuf, Failure> {
+    let beside = std::env::current_exe().ok().and_then(|own| Some(own.parent()?.to_owned()));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    beside
+        .into_iter()
+        .chain(std::env::split_paths(&path))
+        .map(|dir| dir.join(name))
+        .find(|file| file.is_file())
+        .ok_or_else(|| {
+            Failure::failed(format!(
+                "{name} is neither beside this program nor on PATH; build it with `cargo build`"
+            ))
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_to_open_is_what_a_browser_understands() {
+        let vhost = check::Vhost {
+            app: "blog".into(),
+            server_names: vec!["blog.localhost".into(), "*.blog.localhost".into()],
+        };
+
+        assert_eq!(urls(std::slice::from_ref(&vhost), 8080), ["http://blog.localhost:8080/"]);
+        assert_eq!(urls(&[vhost], 80), ["http://blog.localhost/"]);
+    }
+}
