@@ -156,7 +156,8 @@ impl AppRecord {
                     deadline_ms: 0,
                     ..instance.clone()
                 };
-                self.failures = 0;
+                // `failures` stays until the instance has proved itself: one that listens and dies, over and over, is a
+                // crash loop too.
                 self.backoff_until_ms = 0;
                 self.last_failure.clear();
                 Outcome::Done
@@ -164,14 +165,11 @@ impl AppRecord {
             Transition::Failed { generation, reason } => {
                 let Some(instance) = self.instances.remove(generation) else { return Outcome::Fenced };
                 // Only a failed start backs off: an instance that served and then ended is simply woken again. One
-                // that dies over and over right after it began to listen is a crash loop all the same.
-                let served_ms = if instance.state == State::Starting {
-                    0
-                } else {
-                    now_ms.saturating_sub(instance.since_ms)
-                };
-                if served_ms < BACKOFF_FIRST_MS {
-                    self.failures = self.failures.saturating_add(1);
+                // that dies right after it began to listen, and again, is a crash loop all the same.
+                let served = instance.state != State::Starting;
+                let at_once = now_ms.saturating_sub(instance.since_ms) < BACKOFF_FIRST_MS;
+                self.failures = if !served || at_once { self.failures.saturating_add(1) } else { 0 };
+                if !served || (at_once && self.failures > 1) {
                     let doubling = BACKOFF_FIRST_MS << self.failures.saturating_sub(1).min(16);
                     self.backoff_until_ms = now_ms + doubling.min(BACKOFF_MAX_MS);
                 }
@@ -191,7 +189,12 @@ impl AppRecord {
                 self.change(*generation, &[State::Frozen], State::Ready, now_ms)
             }
             Transition::Gone { generation } => match self.instances.remove(generation) {
-                Some(_) => Outcome::Done,
+                Some(instance) => {
+                    if instance.state != State::Starting {
+                        self.failures = 0;
+                    }
+                    Outcome::Done
+                }
                 None => Outcome::Fenced,
             },
             Transition::ResetBackoff => {
@@ -250,5 +253,123 @@ impl AppRecord {
 
     fn in_state(&mut self, generation: Generation, states: &[State]) -> Option<&mut Instance> {
         self.instances.get_mut(&generation).filter(|i| states.contains(&i.state))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn wake() -> Transition {
+        Transition::Wake { node: "here".into(), start_timeout_ms: 20_000 }
+    }
+
+    fn started(record: &mut AppRecord, now_ms: u64) -> Generation {
+        match record.apply(&wake(), now_ms) {
+            Outcome::Own(generation) => generation,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn failed(generation: Generation) -> Transition {
+        Transition::Failed { generation, reason: "exited with status 3".into() }
+    }
+
+    #[test]
+    fn the_first_waker_starts_and_the_others_join() {
+        let mut record = AppRecord::default();
+        let generation = started(&mut record, 1_000);
+        assert_eq!(record.apply(&wake(), 1_001), Outcome::Join(generation));
+        record.apply(&Transition::Ready { generation, port: 80 }, 1_002);
+        assert_eq!(record.apply(&wake(), 1_003), Outcome::Ready(generation));
+    }
+
+    #[test]
+    fn a_start_whose_owner_was_lost_is_not_waited_for() {
+        let mut record = AppRecord::default();
+        let lost = started(&mut record, 1_000);
+        let next = started(&mut record, 21_001);
+        assert!(next > lost);
+    }
+
+    #[test]
+    fn back_off_doubles_up_to_its_bound_and_a_good_life_ends_it() {
+        let mut record = AppRecord::default();
+        let mut now = 1_000_000;
+        let mut waits = Vec::new();
+        for _ in 0..9 {
+            let generation = started(&mut record, now);
+            record.apply(&failed(generation), now);
+            waits.push(record.backoff_until_ms - now);
+            assert!(matches!(record.apply(&wake(), now), Outcome::Backoff { .. }));
+            now = record.backoff_until_ms;
+        }
+        assert_eq!(waits, [1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 60_000, 60_000, 60_000]);
+
+        let generation = started(&mut record, now);
+        record.apply(&Transition::Ready { generation, port: 80 }, now);
+        record.apply(&failed(generation), now + 10_000);
+        assert_eq!((record.failures, record.backoff_until_ms), (0, 0));
+    }
+
+    #[test]
+    fn one_death_right_after_listening_is_forgiven_and_a_series_is_a_crash_loop() {
+        let mut record = AppRecord::default();
+        let mut die = |record: &mut AppRecord, now| {
+            let generation = started(record, now);
+            record.apply(&Transition::Ready { generation, port: 80 }, now);
+            record.apply(&failed(generation), now + 10);
+        };
+        die(&mut record, 1_000);
+        assert_eq!(record.backoff_until_ms, 0);
+        die(&mut record, 2_000);
+        assert_eq!(record.backoff_until_ms, 2_010 + 2_000);
+    }
+
+    fn any_transition() -> impl Strategy<Value = Transition> {
+        let generation = (0u64..12).prop_map(|n| Generation(1_000 + n));
+        prop_oneof![
+            Just(wake()),
+            (1u32..4, any::<bool>()).prop_map(|(max, replacing)| Transition::Add {
+                node: "here".into(),
+                start_timeout_ms: 500,
+                max,
+                replacing
+            }),
+            generation.clone().prop_map(|generation| Transition::Ready { generation, port: 80 }),
+            generation.clone().prop_map(failed),
+            generation.clone().prop_map(|generation| Transition::Drain { generation }),
+            generation.clone().prop_map(|generation| Transition::Freeze { generation }),
+            generation.clone().prop_map(|generation| Transition::Thaw { generation }),
+            generation.prop_map(|generation| Transition::Gone { generation }),
+            Just(Transition::ResetBackoff),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn generations_rise_and_what_is_refused_changes_nothing(steps in prop::collection::vec((any_transition(), 0u64..300), 1..60)) {
+            let mut record = AppRecord::default();
+            let mut now = 1_000;
+            for (transition, pause) in steps {
+                now += pause;
+                let before = record.clone();
+                let serving = before.instances.values().filter(|i| i.state != State::Draining).count();
+                match record.apply(&transition, now) {
+                    Outcome::Own(generation) => {
+                        prop_assert!(generation > before.generation);
+                        prop_assert!(!before.instances.contains_key(&generation));
+                        if let Transition::Add { max, replacing, .. } = transition {
+                            prop_assert!(serving < max as usize + usize::from(replacing));
+                        }
+                    }
+                    Outcome::Done => prop_assert_eq!(record.rev, before.rev + 1),
+                    _ => prop_assert_eq!(&record, &before),
+                }
+                prop_assert!(record.generation >= before.generation);
+            }
+        }
     }
 }

@@ -1,0 +1,17 @@
+//! Black-box stories: the real `fastcontainer up` with real containers, seen from outside. They need root and the images
+//! (`make images`); without them they fail, they are never skipped.
+#![forbid(unsafe_code)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    dead_code,
+    reason = "a test fails by panicking; the harness serves more stories than any one file tells"
+)]
+
+mod host;
+mod http;
+mod vhost;
+
+mod wake;
