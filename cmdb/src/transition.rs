@@ -317,7 +317,7 @@ mod tests {
     #[test]
     fn one_death_right_after_listening_is_forgiven_and_a_series_is_a_crash_loop() {
         let mut record = AppRecord::default();
-        let mut die = |record: &mut AppRecord, now| {
+        let die = |record: &mut AppRecord, now| {
             let generation = started(record, now);
             record.apply(&Transition::Ready { generation, port: 80 }, now);
             record.apply(&failed(generation), now + 10);
