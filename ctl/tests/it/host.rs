@@ -119,6 +119,13 @@ impl Host {
             .collect()
     }
 
+    /// How many events of that kind the host has had, whatever the app.
+    #[track_caller]
+    pub(crate) fn events_of_host(&self, kind: &str) -> usize {
+        let text = self.ctl_ok(&["events", "--json"]);
+        text.lines().filter(|line| line.contains(&format!("\"kind\":\"{kind}\""))).count()
+    }
+
     /// How many events of that kind the app has had.
     pub(crate) fn count(&self, app: &str, kind: &str) -> usize {
         self.events(app).iter().filter(|event| event["kind"] == kind).count()

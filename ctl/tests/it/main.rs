@@ -14,4 +14,6 @@ mod host;
 mod http;
 mod vhost;
 
+mod crash;
+mod lifecycle;
 mod wake;
