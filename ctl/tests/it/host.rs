@@ -7,6 +7,7 @@ use std::{
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
+    sync::atomic::{AtomicU16, Ordering},
     time::{Duration, Instant},
 };
 
@@ -155,12 +156,14 @@ impl Host {
     /// The pid of one of `up`'s programs, for example `fastcontainer-proxy`; its command line holds this state folder.
     #[track_caller]
     pub(crate) fn pid_of(&self, program: &str) -> i32 {
+        self.find_pid_of(program).unwrap_or_else(|| panic!("no {program} runs\n{}", self.log_tail()))
+    }
+
+    /// The same, while it may be away.
+    pub(crate) fn find_pid_of(&self, program: &str) -> Option<i32> {
+        let runs = |line: &str| line.split(' ').next().is_some_and(|exe| exe.ends_with(program));
         let mine = processes_with(&self.state.to_string_lossy());
-        let found = mine.iter().find(|(_, line)| {
-            let mut words = line.split(' ');
-            words.next().is_some_and(|exe| exe.ends_with(program)) && !line.contains(" spawner")
-        });
-        found.unwrap_or_else(|| panic!("no {program} among {mine:?}")).0
+        mine.into_iter().find(|(_, line)| runs(line) && !line.contains(" spawner")).map(|(pid, _)| pid)
     }
 
     /// `up`'s own pid.
@@ -209,9 +212,8 @@ impl Host {
         let mounts = fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
         assert!(!mounts.contains(&state), "a mount is left:\n{mounts}");
         assert!(!cgroup_parents().iter().any(|name| name == cgroup), "the cgroup {cgroup} is left");
-        for socket in ["run/launcher.sock", "run/proxy/proxy.sock"] {
-            assert!(!self.state.join(socket).exists(), "{socket} is left");
-        }
+        let sockets = sockets_beneath(&self.state);
+        assert!(sockets.is_empty(), "sockets are left: {sockets:?}");
     }
 
     /// The end of what `up` logged.
@@ -243,6 +245,9 @@ impl Drop for Host {
                 if Instant::now() > end {
                     let _ = self.child.kill();
                     let _ = self.child.wait();
+                    for (pid, _) in processes_with(&self.state.to_string_lossy()) {
+                        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+                    }
                     break;
                 }
                 std::thread::sleep(Duration::from_millis(20));
@@ -273,6 +278,20 @@ pub(crate) fn processes_with(text: &str) -> Vec<(i32, String)> {
         let line = String::from_utf8_lossy(&bytes).replace('\0', " ");
         if pid != std::process::id() as i32 && line.contains(text) {
             found.push((pid, line.trim_end().to_owned()));
+        }
+    }
+    found
+}
+
+/// Every socket file beneath a folder.
+fn sockets_beneath(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let Ok(kind) = entry.file_type() else { continue };
+        if kind.is_dir() {
+            found.extend(sockets_beneath(&entry.path()));
+        } else if std::os::unix::fs::FileTypeExt::is_socket(&kind) {
+            found.push(entry.path());
         }
     }
     found
@@ -325,14 +344,16 @@ fn start(conf: &Path, state: &Path, port: u16, folder: &Path) -> Child {
     child
 }
 
-/// A port that nobody listens on now. Below the range from which the kernel takes ports for clients, so that no
-/// connection of another test can have it.
+/// A port that nobody listens on now and that no other test of this process was given. Below the range from which the
+/// kernel takes ports for clients, so that no connection of another test can have it.
 fn free_port() -> u16 {
-    let start = 10_000 + (std::process::id() as u16 % 1_000) * 20;
-    for port in start..start + 20 {
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let start = 10_000 + (std::process::id() as u16 % 500) * 40;
+    loop {
+        let taken = NEXT.fetch_add(1, Ordering::Relaxed);
+        assert!(taken < 40, "no port is free from {start} on");
+        if TcpListener::bind(("127.0.0.1", start + taken)).is_ok() {
+            return start + taken;
         }
     }
-    panic!("no port is free between {start} and {}", start + 20);
 }
