@@ -172,7 +172,7 @@ impl Launch {
         let plan = self.plan(timing.begun_us)?;
         let fds = PlanFds { layers: image.fds, volumes, cgroup_tasks, cgroup_dir, stdout, stderr };
         let created = self.host.keeper.create(plan, fds).await.map_err(|e| self.not_created(&e))?;
-        clock.lap(&mut timing, "clone");
+        clock.lap(&mut timing, "spawner");
 
         let group = Arc::new(group);
         let pid = created.pid;

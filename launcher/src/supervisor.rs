@@ -166,6 +166,8 @@ impl Supervisor {
             Message::Stop(reply) => {
                 self.stoppers.push(reply);
                 self.drain_all("stopped by the operator").await;
+                // Whoever still waits asks again, and so begins another start; who has left does not.
+                self.refuse_wakers(&Refusal::new(RefusalCode::Busy, "stopped by the operator"));
                 self.answer_stoppers();
             }
             Message::Restart => self.replace_all("restarted by the operator"),

@@ -15,5 +15,6 @@ mod http;
 mod vhost;
 
 mod crash;
+mod failing;
 mod lifecycle;
 mod wake;
