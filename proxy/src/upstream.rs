@@ -6,7 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use cmdb::{AppName, Generation};
@@ -49,6 +49,8 @@ pub struct Upstream {
     pub app: AppName,
     /// Its generation.
     pub generation: Generation,
+    /// Since when this proxy knows it.
+    pub known: Instant,
     /// First-byte times.
     pub window: Window,
     /// Requests since the last report.
@@ -99,6 +101,7 @@ impl Upstream {
         Self {
             app: app.clone(),
             generation,
+            known: Instant::now(),
             window: Window::default(),
             requests: AtomicU32::new(0),
             first_byte_sum_us: AtomicU64::new(0),

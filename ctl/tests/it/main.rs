@@ -14,7 +14,11 @@ mod host;
 mod http;
 mod vhost;
 
+mod config;
 mod crash;
+mod edge;
 mod failing;
+mod hogs;
+mod isolation;
 mod lifecycle;
 mod wake;

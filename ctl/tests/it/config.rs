@@ -1,0 +1,184 @@
+//! `conf.d`: good files serve, bad ones are told of and disturb nobody.
+
+use std::fs;
+
+use serde_json::Value;
+
+use crate::{host::Host, http::get, vhost::Vhost};
+
+fn bad_files() -> Vec<(String, Vec<u8>)> {
+    let file = |name: &str, bytes: &[u8]| (name.to_owned(), bytes.to_vec());
+    let mut huge = b"# ".to_vec();
+    huge.resize(11 << 20, b'x');
+    vec![
+        file("broken.toml", b"server-name = [\"broken.test\"\n[container\n"),
+        file("empty.toml", b""),
+        file("binary.toml", b"\x00\x01\xfe\xff\x00"),
+        file("huge.toml", &huge),
+        file(
+            "wrong.toml",
+            b"server-name = [\"wrong.test\"]\n[container]\nimage = \"dir:/x\"\ncommand = [\"/x\"]\nprot = 80\n[resources]\nmemory = \"lots\"\n",
+        ),
+        file("zz-thief.toml", Vhost::probe("blog").text().as_bytes()),
+    ]
+}
+
+#[test]
+fn bad_files_are_all_told_of_and_the_good_ones_serve() {
+    let blog = Vhost::probe("blog");
+    let mut files = bad_files();
+    files.push(("blog.toml".into(), blog.text().into_bytes()));
+    let host = Host::up_with(&files);
+
+    host.get(&blog, "/").expect_status(200);
+    assert_eq!(host.get(&Vhost::probe("wrong"), "/").status, 404);
+
+    let check = host.ctl(&["check", &host.conf.to_string_lossy()]);
+    assert_eq!(check.status.code(), Some(1));
+    let shown = String::from_utf8(check.stdout).unwrap();
+    for expected in [
+        "broken.toml:",
+        "empty.toml",
+        "binary.toml",
+        "huge.toml",
+        "wrong.toml:5:1",
+        "did you mean \"port\"?",
+        "wrong.toml:7:10",
+        "\"lots\" is not a size",
+        "zz-thief.toml:1:16",
+        "belongs to",
+        "blog.toml:1:16",
+    ] {
+        assert!(shown.contains(expected), "{expected:?} is not in\n{shown}");
+    }
+
+    let json: Value =
+        serde_json::from_slice(&host.ctl(&["check", &host.conf.to_string_lossy(), "--json"]).stdout).unwrap();
+    let faults = json["faults"].as_array().unwrap();
+    assert!(faults.iter().any(|f| f["line"] == 7 && f["column"] == 10 && f["text"] == "\"lots\""), "{json}");
+    assert!(host.events_of_host("config-error") >= 6);
+    host.end();
+}
+
+#[test]
+fn a_file_that_breaks_keeps_its_last_good_version() {
+    let blog = Vhost::probe("blog");
+    let host = Host::up(&[&blog]);
+    let before = host.get(&blog, "/").generation();
+
+    fs::write(host.conf.join("blog.toml"), "server-name = [").unwrap();
+    host.wait_for("the fault", || host.count("blog", "config-error") > 0);
+    assert_eq!(host.get(&blog, "/").generation(), before, "nothing has changed for its visitors");
+
+    host.apply(&blog.clone().env("MENDED", 1));
+    host.wait_for("the new version", || {
+        let env = host.get(&blog, "/env").json().to_string();
+        env.contains("MENDED")
+    });
+    host.end();
+}
+
+#[test]
+fn a_file_that_is_taken_away_takes_its_app_along() {
+    let (blog, shop) = (Vhost::probe("blog"), Vhost::probe("shop"));
+    let host = Host::up(&[&blog, &shop]);
+    host.get(&blog, "/").expect_status(200);
+
+    fs::remove_file(host.conf.join("blog.toml")).unwrap();
+
+    host.wait_for("the app to be unknown", || host.get(&blog, "/").status == 404);
+    host.wait_for("its instances to be gone", || host.ctl(&["ps", "blog"]).status.code() == Some(4));
+    host.get(&shop, "/").expect_status(200);
+
+    host.apply(&blog);
+    host.wait_for("the app to be back", || host.get(&blog, "/").status == 200);
+    host.end();
+}
+
+#[test]
+fn a_change_of_limits_reaches_the_running_instance() {
+    let blog = Vhost::probe("blog").with("resources", "memory = \"64MiB\"");
+    let host = Host::up(&[&blog]);
+    host.get(&blog, "/").expect_status(200);
+    let before = host.ps("blog")[0].clone();
+
+    host.apply(&Vhost::probe("blog").with("resources", "memory = \"96MiB\""));
+
+    host.wait_for("the new limit", || host.ps("blog")[0]["memory_limit"] == 96 << 20);
+    assert_eq!(host.ps("blog")[0]["pid"], before["pid"], "the same process");
+    host.end();
+}
+
+#[test]
+fn a_change_of_what_runs_replaces_the_instance_and_fails_nobody() {
+    let blog = Vhost::probe("blog").env("LISTEN_AFTER_MS", 200);
+    let host = Host::up(&[&blog]);
+    let before = host.get(&blog, "/").generation();
+
+    host.apply(&blog.clone().env("EDITION", 2));
+
+    host.wait_for("the replacement", || host.get(&blog, "/").expect_status(200).generation() > before);
+    host.wait_for("the old one to be gone", || host.states("blog") == ["ready"]);
+    host.end();
+}
+
+#[test]
+fn a_server_name_may_move_from_one_file_to_another() {
+    let (blog, shop) = (Vhost::probe("blog"), Vhost::probe("shop"));
+    let host = Host::up(&[&blog, &shop]);
+    host.get(&blog, "/").expect_status(200);
+
+    let names = |text: String, names: &str| {
+        text.replacen("[\"blog.test\"]", names, 1).replacen("[\"shop.test\"]", names, 1)
+    };
+    fs::write(host.conf.join("shop.toml"), names(shop.text(), "[\"shop.test\", \"blog.test\"]")).unwrap();
+    fs::write(host.conf.join("blog.toml"), names(blog.text(), "[\"old.test\"]")).unwrap();
+
+    host.wait_for("the name to have moved", || {
+        host.ask(&get("blog.test", "/")).is_ok_and(|r| r.status == 200 && r.json()["app"] == "shop")
+    });
+    host.end();
+}
+
+#[test]
+fn an_archive_is_an_image_too() {
+    let images = crate::vhost::images();
+    let file = |name: &str, archive: &str| {
+        let text = format!(
+            "server-name = [\"{name}.test\"]\n[container]\nimage = \"tar:{}/{archive}\"\ncommand = [\"/hello\"]\nport = 8080\n",
+            images.display()
+        );
+        (format!("{name}.toml"), text.into_bytes())
+    };
+    let host = Host::up_with(&[file("plain", "hello.tar"), file("zstd", "hello.tar.zst")]);
+    for name in ["plain", "zstd"] {
+        let page = host.ask(&get(&format!("{name}.test"), "/")).unwrap().expect_status(200);
+        assert!(page.text().contains("Hello"), "{}", page.text());
+        let image = host.ps(name)[0]["image"].clone();
+        assert!(image.as_str().is_some_and(|image| image.contains("sha256")), "{image}");
+    }
+    host.end();
+}
+
+#[test]
+fn commands_tell_scripts_what_came_of_them() {
+    let blog = Vhost::probe("blog");
+    let host = Host::up(&[&blog]);
+    let code = |arguments: &[&str]| host.ctl(arguments).status.code();
+    assert_eq!(code(&["ps"]), Some(0));
+    for command in ["wake", "stop", "restart", "logs", "ps"] {
+        assert_eq!(code(&[command, "nobody"]), Some(4), "{command} of an app that is not there");
+    }
+    assert_eq!(code(&["why", "no-such-request"]), Some(4));
+    assert_eq!(code(&["frobnicate"]), Some(2));
+    assert_eq!(code(&["wake", "blog", "-v"]), Some(0));
+    assert_eq!(code(&["restart", "blog"]), Some(0));
+
+    let state = host.state.clone();
+    host.end();
+    let output = std::process::Command::new(crate::host::program("fastcontainer"))
+        .args(["ps", "--state"])
+        .arg(state)
+        .output();
+    assert_eq!(output.unwrap().status.code(), Some(3), "nothing runs there any more");
+}
