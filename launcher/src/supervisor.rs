@@ -4,6 +4,7 @@
 //! here waits for a container: each instance has a task of its own ([`crate::instance`]) that reports back.
 
 mod duties;
+mod rest;
 mod running;
 mod status;
 
@@ -196,12 +197,8 @@ impl Supervisor {
         for _ in 0..2 {
             let transition = Transition::Wake { node: self.host.node.clone(), start_timeout_ms };
             match self.apply(transition).await {
-                Ok(Outcome::Ready(generation)) => match self.running.get(&generation).and_then(Running::live)
-                {
-                    Some((live, timing)) => {
-                        let timing = WakeTiming { warm: true, ..timing };
-                        return drop(reply.send(Ok(Awake { live, timing })));
-                    }
+                Ok(Outcome::Ready(generation)) => match self.awake(generation).await {
+                    Some(awake) => return drop(reply.send(Ok(awake))),
                     None => drop(self.apply(Transition::Gone { generation }).await),
                 },
                 Ok(Outcome::Join(generation)) if self.running.contains_key(&generation) => {

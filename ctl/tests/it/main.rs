@@ -21,4 +21,5 @@ mod failing;
 mod hogs;
 mod isolation;
 mod lifecycle;
+mod sleep;
 mod wake;

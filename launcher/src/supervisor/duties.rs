@@ -6,7 +6,7 @@ use cmdb::{App, Generation, Outcome, Transition};
 use launcher_client::wire::Activity;
 use tokio::time::Instant;
 
-use super::{Message, Stage, Supervisor};
+use super::{Message, Stage, Supervisor, running::Rest};
 use crate::{
     cgroup::{CpuQuota, Group},
     instance::name,
@@ -40,6 +40,9 @@ impl Supervisor {
                     if let Some(idle) = idle.filter(|_| may_end && running.in_flight() == 0) {
                         due(running.last_active + idle);
                     }
+                    if let Some(at) = self.rest_due(running) {
+                        due(at);
+                    }
                     if let Some(expires) = expires.filter(|_| running.replacement.is_none()) {
                         due(expires.max(self.retry_at.unwrap_or(expires)));
                     }
@@ -71,6 +74,7 @@ impl Supervisor {
                 self.apply_quota(generation);
             }
             self.end_if_idle(generation, now).await;
+            self.mind_rest(generation, now).await;
             if expires.is_some_and(|at| at <= now) {
                 self.end_lifetime(generation, now).await;
             }
@@ -108,6 +112,11 @@ impl Supervisor {
                 continue;
             };
             if running.replacement.is_some() {
+                continue;
+            }
+            if running.rest != Rest::Awake {
+                // Nobody is served by it, so nobody needs another one yet.
+                self.drain(old, &reason).await;
                 continue;
             }
             let transition = Transition::Add {
