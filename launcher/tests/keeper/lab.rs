@@ -46,7 +46,7 @@ impl Drop for Guard {
             let cleaning = std::thread::spawn(move || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
                 runtime.block_on(async {
-                    cgroups.sweep().await;
+                    cgroups.sweep(&[]).await;
                     let _ = cgroups.remove_parent().await;
                 });
                 drop(keeper);
@@ -121,6 +121,7 @@ impl Lab {
             shm_bytes: 1 << 20,
             nofile: 256,
             volumes: Vec::new(),
+            note: String::new(),
             staging: self.dir.path().join("staging").to_str().unwrap().to_owned(),
         }
     }
@@ -140,7 +141,18 @@ impl Lab {
         let layers = self.images.resolve(&image).await.unwrap().fds;
         let (cgroup_tasks, cgroup_dir) = group.join_fds().unwrap();
         let stderr = stdout.try_clone().unwrap();
-        (PlanFds { layers, volumes: Vec::new(), cgroup_tasks, cgroup_dir, stdout, stderr }, output)
+        (
+            PlanFds {
+                layers,
+                volumes: Vec::new(),
+                cgroup_tasks,
+                cgroup_dir,
+                stdout,
+                stderr,
+                outputs: Vec::new(),
+            },
+            output,
+        )
     }
 
     pub async fn event(&mut self) -> KeeperEvent {
@@ -181,7 +193,7 @@ impl Lab {
         self.keeper.shutdown().await;
         assert!(!is_running(self.spawner), "the spawner has ended");
         assert!(!self.dir.path().join("spawner.sock").exists());
-        self.cgroups.sweep().await;
+        self.cgroups.sweep(&[]).await;
         self.cgroups.remove_parent().await.unwrap();
     }
 }
