@@ -164,7 +164,7 @@ impl Launch {
         let mut events = self.route(&container);
         let deadline = Instant::now() + self.app.lifecycle.start_timeout;
         let mut captures = Vec::new();
-        let end = match tokio::time::timeout_at(deadline, self.make(&mut captures)).await {
+        let end = match tokio::time::timeout_at(deadline, self.make(&mut captures, &mut events)).await {
             Ok(Ok(made)) => self.live(made, &mut events, deadline).await,
             Ok(Err(end)) => end,
             Err(_) => {
@@ -208,7 +208,11 @@ impl Launch {
     }
 
     /// Image, cgroup, pipes, plan, process.
-    async fn make(&self, captures: &mut Vec<Capture>) -> Result<Made, End> {
+    async fn make(
+        &self,
+        captures: &mut Vec<Capture>,
+        events: &mut mpsc::UnboundedReceiver<KeeperEvent>,
+    ) -> Result<Made, End> {
         let mut timing = WakeTiming { begun_us: unix_us(), ..WakeTiming::default() };
         let mut clock = Laps::begin();
 
@@ -240,14 +244,37 @@ impl Launch {
         let group = Arc::new(group);
         let pid = created.pid;
         let pidfd = created.pidfd.try_clone().map_err(|e| self.cannot(&e))?;
-        let sockets = self.host.netns.open(pidfd).await.map_err(|e| {
-            self.host.keeper.kill(&container, SIGKILL);
-            self.cannot(&e)
-        })?;
+        let sockets = match self.host.netns.open(pidfd).await {
+            Ok(sockets) => sockets,
+            Err(error) => {
+                self.host.keeper.kill(&container, SIGKILL);
+                return Err(self.why_not(events, &error).await);
+            }
+        };
         let note =
             Note::Created { generation: self.generation, pid, group: Arc::clone(&group), image: image.id };
         self.tell(note);
         Ok(Made { created, group, sockets, timing, _image: image.lease, listens: None })
+    }
+
+    /// A process that ended before its network could be entered has a cause of its own to tell.
+    async fn why_not(
+        &self,
+        events: &mut mpsc::UnboundedReceiver<KeeperEvent>,
+        error: &std::io::Error,
+    ) -> End {
+        let cause = async {
+            while let Some(event) = events.recv().await {
+                match event {
+                    KeeperEvent::Failed { error, .. } => return Some(self.cannot(&error)),
+                    KeeperEvent::Exited { .. } => return None,
+                    _ => {}
+                }
+            }
+            None
+        };
+        let cause = tokio::time::timeout(Duration::from_millis(500), cause).await;
+        cause.ok().flatten().unwrap_or_else(|| self.cannot(error))
     }
 
     /// Picks up everything of a container that runs already.
