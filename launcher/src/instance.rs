@@ -10,15 +10,15 @@ use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     cgroup::{Group, Limits},
-    clock::unix_us,
     host::{Host, lock},
     image::Lease,
-    keeper::{Created, Exit, KeeperError, KeeperEvent, Listening, monotonic_us},
+    keeper::{Created, Exit, KeeperError, KeeperEvent, Listening},
     network::NetSockets,
     output::{Capture, Output},
     ready,
     sandbox::{ContainerId, Plan, PlanFds, StepTiming, VolumePlan},
     supervisor::Message,
+    trace::Trace,
 };
 
 /// Descriptors that an app may open; Debian's default for services.
@@ -112,7 +112,7 @@ struct Made {
     created: Created,
     group: Arc<Group>,
     sockets: NetSockets,
-    timing: WakeTiming,
+    trace: Trace,
     /// As long as this is held, a newer version of the image does not displace the unpacked layers.
     _image: Lease,
 }
@@ -147,11 +147,10 @@ impl Launch {
 
     /// Image, cgroup, pipes, plan, process.
     async fn make(&self, captures: &mut Vec<Capture>) -> Result<Made, End> {
-        let mut timing = WakeTiming { begun_us: unix_us(), ..WakeTiming::default() };
-        let mut clock = Laps::begin();
+        let mut trace = Trace::begin();
 
         let image = self.host.images.resolve(&self.app.container.image).await.map_err(|e| self.cannot(&e))?;
-        clock.lap(&mut timing, "image");
+        trace.lap("image");
 
         let limits = Limits {
             memory: Some(self.app.resources.memory.0),
@@ -160,7 +159,7 @@ impl Launch {
         let container = self.container();
         let group = self.host.cgroups.create(&container, &limits).map_err(|e| self.cannot(&e))?;
         let (cgroup_tasks, cgroup_dir) = group.join_fds().map_err(|e| self.cannot(&e))?;
-        clock.lap(&mut timing, "cgroup");
+        trace.lap("cgroup");
 
         let volumes = self.open_volumes().await?;
         let (stdout, capture) =
@@ -169,10 +168,9 @@ impl Launch {
         let (stderr, capture) =
             self.output.capture(self.generation, "stderr").map_err(|e| self.cannot(&e))?;
         captures.push(capture);
-        let plan = self.plan(timing.begun_us)?;
+        let plan = self.plan(trace.begun_unix_us())?;
         let fds = PlanFds { layers: image.fds, volumes, cgroup_tasks, cgroup_dir, stdout, stderr };
         let created = self.host.keeper.create(plan, fds).await.map_err(|e| self.not_created(&e))?;
-        clock.lap(&mut timing, "spawner");
 
         let group = Arc::new(group);
         let pid = created.pid;
@@ -184,7 +182,7 @@ impl Launch {
         let note =
             Note::Created { generation: self.generation, pid, group: Arc::clone(&group), image: image.id };
         self.tell(note);
-        Ok(Made { created, group, sockets, timing, _image: image.lease })
+        Ok(Made { created, group, sockets, trace, _image: image.lease })
     }
 
     /// From the process's birth to its end.
@@ -195,8 +193,7 @@ impl Launch {
         start_deadline: Instant,
     ) -> End {
         let container = self.container();
-        let mut execed_us = made.created.at_us;
-        let mut timing = made.timing.clone();
+        let mut trace = made.trace.clone();
         let mut failure: Option<End> = None;
         let mut listens = false;
         let mut kill_at: Option<Instant> = None;
@@ -206,8 +203,7 @@ impl Launch {
             tokio::select! {
                 event = events.recv() => match event {
                     Some(KeeperEvent::Execed { timings, notify, at_us, .. }) => {
-                        timing.steps.extend(timings.into_iter().map(step));
-                        execed_us = at_us;
+                        trace.execed(timings.into_iter().map(step), at_us);
                         if !notify && let Some(port) = self.app.container.port {
                             let sockets = made.sockets.clone();
                             probe = Some(tokio::spawn(async move { ready::probe(&sockets, port).await }));
@@ -225,7 +221,7 @@ impl Launch {
                             self.host.keeper.kill(&container, SIGKILL);
                         } else {
                             listens = true;
-                            self.ready(&made, &mut timing, listening.port, execed_us, listening.at_us);
+                            self.ready(&made, listening.port, trace.ready(listening.at_us));
                         }
                     }
                     Some(KeeperEvent::Exited { exit, .. }) => {
@@ -240,7 +236,7 @@ impl Launch {
                     match (found, self.app.container.port) {
                         (Ok(found), Some(port)) => {
                             listens = true;
-                            self.ready(&made, &mut timing, port, execed_us, found.at_us);
+                            self.ready(&made, port, trace.ready(found.at_us));
                         }
                         (Err(error), _) => {
                             failure = Some(self.failed(&format!("could not be probed: {error}")));
@@ -272,9 +268,7 @@ impl Launch {
         }
     }
 
-    fn ready(&self, made: &Made, timing: &mut WakeTiming, port: u16, execed_us: u64, at_us: u64) {
-        timing.steps.push(Step { name: "app".into(), us: at_us.saturating_sub(execed_us) });
-        timing.total_us = unix_us().saturating_sub(timing.begun_us);
+    fn ready(&self, made: &Made, port: u16, timing: WakeTiming) {
         let live = Arc::new(Live {
             id: self.id(),
             pid: made.created.pid,
@@ -283,7 +277,7 @@ impl Launch {
             port,
         });
         lock(&self.host.live).insert(self.id(), Arc::clone(&live));
-        self.tell(Note::Listens { live, timing: timing.clone() });
+        self.tell(Note::Listens { live, timing });
     }
 
     fn plan(&self, begun_us: u64) -> Result<Plan, End> {
@@ -415,21 +409,6 @@ impl Launch {
 
     fn id(&self) -> InstanceId {
         InstanceId { app: self.app.name.clone(), generation: self.generation }
-    }
-}
-
-/// Times the parts of a start.
-struct Laps(u64);
-
-impl Laps {
-    fn begin() -> Self {
-        Self(monotonic_us())
-    }
-
-    fn lap(&mut self, timing: &mut WakeTiming, name: &str) {
-        let now = monotonic_us();
-        timing.steps.push(Step { name: name.to_owned(), us: now.saturating_sub(self.0) });
-        self.0 = now;
     }
 }
 
