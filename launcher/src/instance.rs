@@ -6,13 +6,14 @@ use cmdb::{App, AppName, Generation, InstanceId};
 use launcher_client::wire::{RefusalCode, Step, WakeTiming};
 use nix::libc::{SIGKILL, SIGTERM};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
+use serde::{Deserialize, Serialize};
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     cgroup::{Group, Limits},
     host::{Host, lock},
     image::Lease,
-    keeper::{Created, Exit, KeeperError, KeeperEvent, Listening},
+    keeper::{Created, Exit, KeeperError, KeeperEvent, Listening, monotonic_us},
     network::NetSockets,
     output::{Capture, Output},
     ready,
@@ -115,18 +116,55 @@ struct Made {
     trace: Trace,
     /// As long as this is held, a newer version of the image does not displace the unpacked layers.
     _image: Lease,
+    /// Where it listens already: it is one that an earlier daemon started.
+    listens: Option<u16>,
+}
+
+/// What a daemon writes on a container, to be read by the next one should it die.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Tag {
+    /// First id of its user namespace's range.
+    pub id_base: u32,
+    /// What it runs, see [`crate::image::Layers::id`].
+    pub image: String,
+    /// When the daemon began to start it, µs since the Unix epoch.
+    pub begun_us: u64,
+    /// Fingerprint of what it was told to run, see [`fingerprint`].
+    pub runs: u64,
+}
+
+/// A container that an earlier daemon started and that listens.
+#[derive(Debug)]
+pub struct Adoption {
+    /// Its first process.
+    pub pid: i32,
+    /// The same.
+    pub pidfd: OwnedFd,
+    /// Where it listens.
+    pub port: u16,
+    /// The read ends of its standard output and error.
+    pub outputs: Vec<OwnedFd>,
+    /// What the earlier daemon wrote on it.
+    pub tag: Tag,
+}
+
+/// Tells apart what apps are told to run: FNV-1a over the container's and the volumes' configuration.
+#[must_use]
+pub fn fingerprint(app: &App) -> u64 {
+    // Plain data cannot fail to be written.
+    let text = serde_json::to_vec(&(&app.container, &app.volumes)).unwrap_or_default();
+    text.iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 impl Launch {
     /// Lives the instance's whole life; ends when nothing of it is left.
     pub async fn run(mut self) {
         let container = self.container();
-        let (route, mut events) = mpsc::unbounded_channel();
-        lock(&self.host.routes).insert(container.clone(), route);
+        let mut events = self.route(&container);
         let deadline = Instant::now() + self.app.lifecycle.start_timeout;
         let mut captures = Vec::new();
-
-        let end = match tokio::time::timeout_at(deadline, self.make(&mut captures)).await {
+        let end = match tokio::time::timeout_at(deadline, self.make(&mut captures, &mut events)).await {
             Ok(Ok(made)) => self.live(made, &mut events, deadline).await,
             Ok(Err(end)) => end,
             Err(_) => {
@@ -135,10 +173,34 @@ impl Launch {
                 self.timed_out("was not made")
             }
         };
+        self.over(&container, captures, end).await;
+    }
 
+    /// Lives on the life of an instance that an earlier daemon began.
+    pub async fn adopt(mut self, adoption: Adoption) {
+        let container = self.container();
+        let mut events = self.route(&container);
+        let mut captures = Vec::new();
+        let end = match self.take_over(adoption, &mut captures).await {
+            Ok(made) => self.live(made, &mut events, Instant::now()).await,
+            Err(end) => {
+                self.host.keeper.kill(&container, SIGKILL);
+                end
+            }
+        };
+        self.over(&container, captures, end).await;
+    }
+
+    fn route(&self, container: &ContainerId) -> mpsc::UnboundedReceiver<KeeperEvent> {
+        let (route, events) = mpsc::unbounded_channel();
+        lock(&self.host.routes).insert(container.clone(), route);
+        events
+    }
+
+    async fn over(self, container: &ContainerId, captures: Vec<Capture>, end: End) {
         lock(&self.host.live).remove(&self.id());
-        lock(&self.host.routes).remove(&container);
-        self.remove_group(&container).await;
+        lock(&self.host.routes).remove(container);
+        self.remove_group(container).await;
         for capture in captures {
             capture.finish().await;
         }
@@ -146,7 +208,11 @@ impl Launch {
     }
 
     /// Image, cgroup, pipes, plan, process.
-    async fn make(&self, captures: &mut Vec<Capture>) -> Result<Made, End> {
+    async fn make(
+        &self,
+        captures: &mut Vec<Capture>,
+        events: &mut mpsc::UnboundedReceiver<KeeperEvent>,
+    ) -> Result<Made, End> {
         let mut trace = Trace::begin();
 
         let image = self.host.images.resolve(&self.app.container.image).await.map_err(|e| self.cannot(&e))?;
@@ -162,27 +228,71 @@ impl Launch {
         trace.lap("cgroup");
 
         let volumes = self.open_volumes().await?;
-        let (stdout, capture) =
+        let (stdout, spare_out, capture) =
             self.output.capture(self.generation, "stdout").map_err(|e| self.cannot(&e))?;
         captures.push(capture);
-        let (stderr, capture) =
+        let (stderr, spare_err, capture) =
             self.output.capture(self.generation, "stderr").map_err(|e| self.cannot(&e))?;
         captures.push(capture);
-        let plan = self.plan(trace.begun_unix_us())?;
-        let fds = PlanFds { layers: image.fds, volumes, cgroup_tasks, cgroup_dir, stdout, stderr };
+        let plan = self.plan(trace.begun_unix_us(), &image.id)?;
+        let outputs = vec![spare_out, spare_err];
+        let fds = PlanFds { layers: image.fds, volumes, cgroup_tasks, cgroup_dir, stdout, stderr, outputs };
         let created = self.host.keeper.create(plan, fds).await.map_err(|e| self.not_created(&e))?;
 
         let group = Arc::new(group);
         let pid = created.pid;
         let pidfd = created.pidfd.try_clone().map_err(|e| self.cannot(&e))?;
-        let sockets = self.host.netns.open(pidfd).await.map_err(|e| {
-            self.host.keeper.kill(&container, SIGKILL);
-            self.cannot(&e)
-        })?;
+        let sockets = match self.host.netns.open(pidfd).await {
+            Ok(sockets) => sockets,
+            Err(error) => {
+                self.host.keeper.kill(&container, SIGKILL);
+                return Err(self.why_not(events, &error).await);
+            }
+        };
         let note =
             Note::Created { generation: self.generation, pid, group: Arc::clone(&group), image: image.id };
         self.tell(note);
-        Ok(Made { created, group, sockets, trace, _image: image.lease })
+        Ok(Made { created, group, sockets, trace, _image: image.lease, listens: None })
+    }
+
+    /// A process that ended before its network could be entered has a cause of its own to tell.
+    async fn why_not(
+        &self,
+        events: &mut mpsc::UnboundedReceiver<KeeperEvent>,
+        error: &std::io::Error,
+    ) -> End {
+        let cause = async {
+            while let Some(event) = events.recv().await {
+                match event {
+                    KeeperEvent::Failed { error, .. } => return Some(self.cannot(&error)),
+                    KeeperEvent::Exited { .. } => return None,
+                    _ => {}
+                }
+            }
+            None
+        };
+        let cause = tokio::time::timeout(Duration::from_millis(500), cause).await;
+        cause.ok().flatten().unwrap_or_else(|| self.cannot(error))
+    }
+
+    /// Picks up everything of a container that runs already.
+    async fn take_over(&self, adoption: Adoption, captures: &mut Vec<Capture>) -> Result<Made, End> {
+        let group = self.host.cgroups.open(&self.container()).map_err(|e| self.cannot(&e))?;
+        // It may have been asleep when its daemon died; the next idle time freezes it again.
+        group.thaw().map_err(|e| self.cannot(&e))?;
+        let pidfd = adoption.pidfd.try_clone().map_err(|e| self.cannot(&e))?;
+        let sockets = self.host.netns.open(pidfd).await.map_err(|e| self.cannot(&e))?;
+        for (stream, read) in ["stdout", "stderr"].into_iter().zip(adoption.outputs) {
+            captures.push(self.output.resume(self.generation, stream, read).map_err(|e| self.cannot(&e))?);
+        }
+        Ok(Made {
+            created: Created { pid: adoption.pid, pidfd: adoption.pidfd, at_us: monotonic_us() },
+            group: Arc::new(group),
+            sockets,
+            trace: Trace::of_earlier(adoption.tag.begun_us),
+            _image: self.host.images.lease(&adoption.tag.image),
+            listens: Some(adoption.port),
+        })
     }
 
     /// From the process's birth to its end.
@@ -195,7 +305,10 @@ impl Launch {
         let container = self.container();
         let mut trace = made.trace.clone();
         let mut failure: Option<End> = None;
-        let mut listens = false;
+        let mut listens = made.listens.is_some();
+        if let Some(port) = made.listens {
+            self.publish(&made, port, trace.unknown());
+        }
         let mut kill_at: Option<Instant> = None;
         let mut probe: Option<tokio::task::JoinHandle<std::io::Result<ready::Ready>>> = None;
         loop {
@@ -221,7 +334,7 @@ impl Launch {
                             self.host.keeper.kill(&container, SIGKILL);
                         } else {
                             listens = true;
-                            self.ready(&made, listening.port, trace.ready(listening.at_us));
+                            self.publish(&made, listening.port, trace.ready(listening.at_us));
                         }
                     }
                     Some(KeeperEvent::Exited { exit, .. }) => {
@@ -236,7 +349,7 @@ impl Launch {
                     match (found, self.app.container.port) {
                         (Ok(found), Some(port)) => {
                             listens = true;
-                            self.ready(&made, port, trace.ready(found.at_us));
+                            self.publish(&made, port, trace.ready(found.at_us));
                         }
                         (Err(error), _) => {
                             failure = Some(self.failed(&format!("could not be probed: {error}")));
@@ -268,7 +381,7 @@ impl Launch {
         }
     }
 
-    fn ready(&self, made: &Made, port: u16, timing: WakeTiming) {
+    fn publish(&self, made: &Made, port: u16, timing: WakeTiming) {
         let live = Arc::new(Live {
             id: self.id(),
             pid: made.created.pid,
@@ -280,7 +393,7 @@ impl Launch {
         self.tell(Note::Listens { live, timing });
     }
 
-    fn plan(&self, begun_us: u64) -> Result<Plan, End> {
+    fn plan(&self, begun_us: u64, image: &str) -> Result<Plan, End> {
         let container = &self.app.container;
         let Some(id_base) = self.host.id_base(&self.app.name) else {
             return Err(self.failed("could not be started: no range of user ids is left on this host"));
@@ -299,8 +412,10 @@ impl Launch {
         default("FC_GENERATION", self.generation.to_string());
         default("FC_WAKE_STARTED_NS", (begun_us * 1000).to_string());
         let volumes = self.app.volumes.iter();
+        let tag = Tag { id_base, image: image.to_owned(), begun_us, runs: fingerprint(&self.app) };
         Ok(Plan {
             id: self.container(),
+            note: serde_json::to_string(&tag).map_err(|e| self.cannot(&e))?,
             hostname: self.app.name.to_string(),
             argv: container.command.clone(),
             env: env.into_iter().map(|(name, value)| format!("{name}={value}")).collect(),

@@ -3,6 +3,7 @@
 //! It asks the CMDB's state machine before it acts, so what it does is what every reader of the CMDB sees. Nothing in
 //! here waits for a container: each instance has a task of its own ([`crate::instance`]) that reports back.
 
+mod adopt;
 mod duties;
 mod rest;
 mod running;
@@ -20,7 +21,7 @@ use tokio::{
 use crate::{
     clock::unix_ms,
     host::Host,
-    instance::{Launch, Live, Note, name},
+    instance::{Adoption, Launch, Live, Note, name},
     output::Output,
 };
 use running::{Running, Stage};
@@ -34,6 +35,8 @@ const TIMINGS_KEPT: usize = 16;
 pub enum Message {
     /// Have an instance ready.
     Wake(oneshot::Sender<Result<Awake, Refusal>>),
+    /// An instance of an earlier daemon runs: go on with it.
+    Adopt(Generation, Box<Adoption>),
     /// From an instance's task.
     Note(Note),
     /// A proxy saw the instance's first response byte.
@@ -142,6 +145,7 @@ impl Supervisor {
     async fn handle(&mut self, message: Message) {
         match message {
             Message::Wake(reply) => self.wake(reply).await,
+            Message::Adopt(generation, adoption) => self.adopt(generation, *adoption).await,
             Message::Note(note) => self.note(note).await,
             Message::FirstByte(generation) => self.first_byte(generation),
             Message::Report(watcher, activity) => self.report(watcher, &activity),
@@ -230,17 +234,21 @@ impl Supervisor {
             generation,
             format!("{} is being started: {cause}", name(&self.app.name, generation)),
         );
+        tokio::spawn(self.admit(generation, replaces).run());
+    }
+
+    /// Makes room for an instance; what it lives by.
+    fn admit(&mut self, generation: Generation, replaces: Option<Generation>) -> Launch {
         let (control, inbox) = mpsc::unbounded_channel();
         self.running.insert(generation, Running::starting(control, Arc::clone(&self.app), replaces));
-        let launch = Launch {
+        Launch {
             host: Arc::clone(&self.host),
             app: Arc::clone(&self.app),
             generation,
             output: Arc::clone(&self.output),
             supervisor: self.own.clone(),
             control: inbox,
-        };
-        tokio::spawn(launch.run());
+        }
     }
 
     async fn note(&mut self, note: Note) {
@@ -258,6 +266,9 @@ impl Supervisor {
     async fn listens(&mut self, live: Arc<Live>, timing: WakeTiming) {
         let generation = live.id.generation;
         let Some(running) = self.running.get_mut(&generation) else { return };
+        if running.is_adopted() {
+            return self.adopted(live, timing);
+        }
         let replaces = running.replaces;
         // One that is draining already (the operator stopped the app while it started) must not come to serve.
         if !matches!(running.stage, Stage::Starting) {

@@ -26,6 +26,16 @@ impl Trace {
         Self { begun_unix_us, begun: now, handed: now, laps: Vec::new(), sandbox: Vec::new(), execed: None }
     }
 
+    /// The start of an instance that an earlier daemon began: only when is known of it, see [`Self::unknown`].
+    pub(crate) fn of_earlier(begun_unix_us: u64) -> Self {
+        Self::at(begun_unix_us, monotonic_us())
+    }
+
+    /// What is told of a start that nobody has timed.
+    pub(crate) fn unknown(&self) -> WakeTiming {
+        WakeTiming { begun_us: self.begun_unix_us, ..WakeTiming::default() }
+    }
+
     /// When it began, µs since the Unix epoch.
     pub(crate) fn begun_unix_us(&self) -> u64 {
         self.begun_unix_us

@@ -29,10 +29,6 @@ use pingora::{
     server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, UnixShutdownSignalWatch},
 };
 
-/// Pingora makes and drops a few dozen small things for each request; with glibc's allocator they are a sixth of all CPU.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// FastContainer's reverse proxy: finds the app by host name, wakes it if it sleeps, and forwards.
 #[derive(Debug, Parser)]
 #[command(version)]

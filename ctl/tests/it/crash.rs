@@ -1,6 +1,12 @@
 //! Parts of FastContainer are killed; it goes on, or starts again clean.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use nix::{
     sys::signal::{Signal, kill},
@@ -15,6 +21,14 @@ use crate::{
 
 fn kill_nine(pid: i32) {
     kill(Pid::from_raw(pid), Signal::SIGKILL).expect("kill -9");
+}
+
+/// The pid of the launcher's spawner.
+fn spawner_of(host: &Host) -> i32 {
+    let launcher = host.pid_of("fastcontainer-launcher");
+    let children = std::fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children"));
+    let first = children.expect("children").split_whitespace().next().map(ToOwned::to_owned);
+    first.expect("the spawner").parse().expect("a pid")
 }
 
 /// A request that is repeated until the proxy is back; what a browser's user does.
@@ -64,20 +78,69 @@ fn a_killed_coreapi_comes_back_and_goes_on_watching() {
 }
 
 #[test]
-fn a_killed_launcher_comes_back_and_requests_are_answered() {
-    let blog = Vhost::probe("blog");
-    let host = Host::up(&[&blog]);
-    host.get(&blog, "/").expect_status(200);
+fn apps_live_through_the_launchers_death_and_are_supervised_again() {
+    let blog = Vhost::probe("blog").with("resources", "memory = \"64MiB\"");
+    let host = Arc::new(Host::up(&[&blog]));
+    let before = host.get(&blog, "/").generation();
+    let pid = host.ps("blog")[0]["pid"].clone();
+    let until = Arc::new(AtomicBool::new(false));
+    let visitor = {
+        let (host, blog, until) = (Arc::clone(&host), blog.clone(), Arc::clone(&until));
+        std::thread::spawn(move || {
+            let mut visits = 0;
+            while !until.load(Ordering::SeqCst) {
+                // Each writes a line, which must end neither the app nor the line.
+                host.get(&blog, &format!("/log?line=visit{visits}")).expect_status(200);
+                visits += 1;
+            }
+            visits
+        })
+    };
+
+    for round in 1..=5 {
+        let killed = host.pid_of("fastcontainer-launcher");
+        kill_nine(killed);
+        host.wait_for("another launcher", || {
+            host.find_pid_of("fastcontainer-launcher").is_some_and(|pid| pid != killed)
+        });
+        host.wait_for("the app to be supervised", || {
+            host.ctl(&["ps", "blog"]).status.success() && host.states("blog") == ["ready"]
+        });
+        assert_eq!(host.ps("blog")[0]["pid"], pid, "round {round}: the same process");
+    }
+    until.store(true, Ordering::SeqCst);
+    let visits = visitor.join().expect("no request failed");
+
+    assert_eq!(host.get(&blog, "/").generation(), before);
+    let last = format!("visit{}", visits - 1);
+    host.wait_for("the last line", || host.ctl_ok(&["logs", "blog", "-n", "1000"]).contains(&last));
+    host.apply(&Vhost::probe("blog").with("resources", "memory = \"96MiB\""));
+    host.wait_for("its limits to be at hand", || host.ps("blog")[0]["memory_limit"] == 96 << 20);
+    host.ctl_ok(&["stop", "blog"]);
+    assert_eq!(host.states("blog"), ["absent"]);
+    assert!(host.get(&blog, "/").generation() > before);
+    Arc::into_inner(host).expect("the only owner").end();
+}
+
+#[test]
+fn two_apps_keep_their_own_users_through_the_launchers_death() {
+    let (red, blue) = (Vhost::probe("red"), Vhost::probe("blue"));
+    let host = Host::up(&[&red, &blue]);
+    let map = |vhost| host.get(vhost, "/escape").json()["facts"]["uid_map"].clone();
+    let (_, of_blue) = (map(&red), map(&blue));
+    host.ctl_ok(&["stop", "red"]);
 
     let killed = host.pid_of("fastcontainer-launcher");
     kill_nine(killed);
-
-    answered_again(&host, &blog);
     host.wait_for("another launcher", || {
         host.find_pid_of("fastcontainer-launcher").is_some_and(|pid| pid != killed)
     });
-    answered_again(&host, &blog);
-    host.wait_for("one instance", || host.states("blog") == ["ready"]);
+    host.wait_for("the app to be supervised", || {
+        host.ctl(&["ps", "blue"]).status.success() && host.states("blue") == ["ready"]
+    });
+
+    assert_eq!(map(&blue), of_blue);
+    assert_ne!(map(&red), of_blue, "a start after it takes no ids that are in use");
     host.end();
 }
 
@@ -123,8 +186,9 @@ fn after_everything_was_killed_at_once_the_next_one_starts_clean() {
     let mut host = Host::up(&[&blog]);
     let before = host.get(&blog, "/").generation();
 
-    let all = crate::host::processes_with(&host.state.to_string_lossy());
-    assert!(all.len() >= 4, "{all:?}");
+    let mut all = crate::host::processes_with(&host.state.to_string_lossy());
+    all.push((spawner_of(&host), "the spawner".to_owned()));
+    assert!(all.len() >= 5, "{all:?}");
     for (pid, _) in all {
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
     }
@@ -142,12 +206,8 @@ fn a_killed_spawner_is_replaced_and_the_apps_go_on() {
     let blog = Vhost::probe("blog");
     let host = Host::up(&[&blog]);
     let before = host.get(&blog, "/").generation();
-    let launcher = host.pid_of("fastcontainer-launcher");
-    let children =
-        std::fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).expect("children");
-    let spawner: i32 = children.split_whitespace().next().expect("the spawner").parse().expect("a pid");
 
-    kill_nine(spawner);
+    kill_nine(spawner_of(&host));
 
     host.wait_for("another spawner", || host.events_of_host("spawner-back") > 0);
     assert_eq!(host.get(&blog, "/").generation(), before, "the app has gone on");

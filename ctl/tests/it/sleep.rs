@@ -101,7 +101,7 @@ fn a_frozen_app_leaves_nothing_behind_when_everything_ends() {
 }
 
 #[test]
-fn a_frozen_app_whose_launcher_was_killed_is_cleared_away() {
+fn a_frozen_app_whose_launcher_was_killed_is_thawed_by_the_next_one() {
     let blog = sleeper();
     let host = Host::up(&[&blog]);
     let before = host.get(&blog, "/").generation();
@@ -113,11 +113,9 @@ fn a_frozen_app_whose_launcher_was_killed_is_cleared_away() {
     )
     .expect("kill -9");
 
-    host.wait_for("an answer", || {
-        Connection::open(host.port)
-            .exchange(&get(&blog.host(), "/"))
-            .is_ok_and(|answer| answer.status == 200 && answer.generation() > before)
+    assert_eq!(host.get(&blog, "/").expect_status(200).generation(), before);
+    host.wait_for("it to be frozen again", || {
+        host.ctl(&["ps"]).status.success() && host.states("blog") == ["frozen"]
     });
-    assert_eq!(host.states("blog"), ["ready"]);
     host.end();
 }

@@ -46,6 +46,7 @@ pub(super) struct Running {
     pub(super) rest: Rest,
     /// Whether a proxy's suspicion is being looked into.
     pub(super) examined: bool,
+    adopted: bool,
     control: mpsc::UnboundedSender<Control>,
     begun: Instant,
     in_flight: HashMap<u64, u32>,
@@ -122,6 +123,7 @@ impl Running {
             quota_applied: false,
             examined: false,
             rest: Rest::Awake,
+            adopted: false,
             control,
             begun: now,
             in_flight: HashMap::new(),
@@ -132,6 +134,17 @@ impl Running {
         self.pid = Some(pid);
         self.group = Some(group);
         self.image = image;
+    }
+
+    /// It was started by an earlier daemon.
+    pub(super) fn adopted(&mut self, pid: i32, image: String) {
+        self.adopted = true;
+        self.pid = Some(pid);
+        self.image = image;
+    }
+
+    pub(super) fn is_adopted(&self) -> bool {
+        self.adopted
     }
 
     pub(super) fn ready(&mut self, live: Arc<Live>, timing: WakeTiming) {
