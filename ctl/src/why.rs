@@ -125,6 +125,14 @@ fn parts(request: &RequestRecord, start: Option<&WakeTiming>) -> Vec<String> {
     if let Some(start) = start {
         lines.push(format!("                    its start took {}:", text::exact_ms(start.total_us)));
         lines.extend(control::steps(start).into_iter().map(|step| format!("                  {step}")));
+        match request.hold_us.checked_sub(start.total_us) {
+            Some(around) => lines.push(format!(
+                "                    around its start {}: asking for it, hearing of it, taking turns",
+                text::exact_ms(around)
+            )),
+            // It came when the start was under way: it waited for the rest of it.
+            None => lines.push("                    (it was under way when the request came)".to_owned()),
+        }
     }
     lines.extend([
         part(request.connect_us, "connect"),
@@ -194,12 +202,25 @@ mod tests {
                 "                    its start took 2.500 ms:",
                 "                    clone                            0.500 ms",
                 "                    app                              2.000 ms",
+                "                    around its start 0.100 ms: asking for it, hearing of it, taking turns",
                 "        0.070 ms  connect",
                 "        0.010 ms  sending the request",
                 "        0.300 ms  the app, until its first byte",
                 "        0.020 ms  the rest of the answer",
                 "        3.100 ms  in all",
             ]
+        );
+    }
+
+    #[test]
+    fn a_request_that_came_during_a_start_is_not_charged_for_all_of_it() {
+        let start = WakeTiming { total_us: 9_000, ..WakeTiming::default() };
+
+        let lines = parts(&cold(), Some(&start));
+
+        assert!(
+            lines.contains(&"                    (it was under way when the request came)".to_owned()),
+            "{lines:?}"
         );
     }
 

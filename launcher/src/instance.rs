@@ -11,7 +11,6 @@ use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     cgroup::{Group, Limits},
-    clock::unix_us,
     host::{Host, lock},
     image::Lease,
     keeper::{Created, Exit, KeeperError, KeeperEvent, Listening, monotonic_us},
@@ -20,6 +19,7 @@ use crate::{
     ready,
     sandbox::{ContainerId, Plan, PlanFds, StepTiming, VolumePlan},
     supervisor::Message,
+    trace::Trace,
 };
 
 /// Descriptors that an app may open; Debian's default for services.
@@ -113,7 +113,7 @@ struct Made {
     created: Created,
     group: Arc<Group>,
     sockets: NetSockets,
-    timing: WakeTiming,
+    trace: Trace,
     /// As long as this is held, a newer version of the image does not displace the unpacked layers.
     _image: Lease,
     /// Where it listens already: it is one that an earlier daemon started.
@@ -213,11 +213,10 @@ impl Launch {
         captures: &mut Vec<Capture>,
         events: &mut mpsc::UnboundedReceiver<KeeperEvent>,
     ) -> Result<Made, End> {
-        let mut timing = WakeTiming { begun_us: unix_us(), ..WakeTiming::default() };
-        let mut clock = Laps::begin();
+        let mut trace = Trace::begin();
 
         let image = self.host.images.resolve(&self.app.container.image).await.map_err(|e| self.cannot(&e))?;
-        clock.lap(&mut timing, "image");
+        trace.lap("image");
 
         let limits = Limits {
             memory: Some(self.app.resources.memory.0),
@@ -226,7 +225,7 @@ impl Launch {
         let container = self.container();
         let group = self.host.cgroups.create(&container, &limits).map_err(|e| self.cannot(&e))?;
         let (cgroup_tasks, cgroup_dir) = group.join_fds().map_err(|e| self.cannot(&e))?;
-        clock.lap(&mut timing, "cgroup");
+        trace.lap("cgroup");
 
         let volumes = self.open_volumes().await?;
         let (stdout, spare_out, capture) =
@@ -235,11 +234,10 @@ impl Launch {
         let (stderr, spare_err, capture) =
             self.output.capture(self.generation, "stderr").map_err(|e| self.cannot(&e))?;
         captures.push(capture);
-        let plan = self.plan(timing.begun_us, &image.id)?;
+        let plan = self.plan(trace.begun_unix_us(), &image.id)?;
         let outputs = vec![spare_out, spare_err];
         let fds = PlanFds { layers: image.fds, volumes, cgroup_tasks, cgroup_dir, stdout, stderr, outputs };
         let created = self.host.keeper.create(plan, fds).await.map_err(|e| self.not_created(&e))?;
-        clock.lap(&mut timing, "spawner");
 
         let group = Arc::new(group);
         let pid = created.pid;
@@ -254,7 +252,7 @@ impl Launch {
         let note =
             Note::Created { generation: self.generation, pid, group: Arc::clone(&group), image: image.id };
         self.tell(note);
-        Ok(Made { created, group, sockets, timing, _image: image.lease, listens: None })
+        Ok(Made { created, group, sockets, trace, _image: image.lease, listens: None })
     }
 
     /// A process that ended before its network could be entered has a cause of its own to tell.
@@ -291,7 +289,7 @@ impl Launch {
             created: Created { pid: adoption.pid, pidfd: adoption.pidfd, at_us: monotonic_us() },
             group: Arc::new(group),
             sockets,
-            timing: WakeTiming { begun_us: adoption.tag.begun_us, ..WakeTiming::default() },
+            trace: Trace::of_earlier(adoption.tag.begun_us),
             _image: self.host.images.lease(&adoption.tag.image),
             listens: Some(adoption.port),
         })
@@ -305,12 +303,11 @@ impl Launch {
         start_deadline: Instant,
     ) -> End {
         let container = self.container();
-        let mut execed_us = made.created.at_us;
-        let mut timing = made.timing.clone();
+        let mut trace = made.trace.clone();
         let mut failure: Option<End> = None;
         let mut listens = made.listens.is_some();
         if let Some(port) = made.listens {
-            self.publish(&made, &timing, port);
+            self.publish(&made, port, trace.unknown());
         }
         let mut kill_at: Option<Instant> = None;
         let mut probe: Option<tokio::task::JoinHandle<std::io::Result<ready::Ready>>> = None;
@@ -319,8 +316,7 @@ impl Launch {
             tokio::select! {
                 event = events.recv() => match event {
                     Some(KeeperEvent::Execed { timings, notify, at_us, .. }) => {
-                        timing.steps.extend(timings.into_iter().map(step));
-                        execed_us = at_us;
+                        trace.execed(timings.into_iter().map(step), at_us);
                         if !notify && let Some(port) = self.app.container.port {
                             let sockets = made.sockets.clone();
                             probe = Some(tokio::spawn(async move { ready::probe(&sockets, port).await }));
@@ -338,7 +334,7 @@ impl Launch {
                             self.host.keeper.kill(&container, SIGKILL);
                         } else {
                             listens = true;
-                            self.ready(&made, &mut timing, listening.port, execed_us, listening.at_us);
+                            self.publish(&made, listening.port, trace.ready(listening.at_us));
                         }
                     }
                     Some(KeeperEvent::Exited { exit, .. }) => {
@@ -353,7 +349,7 @@ impl Launch {
                     match (found, self.app.container.port) {
                         (Ok(found), Some(port)) => {
                             listens = true;
-                            self.ready(&made, &mut timing, port, execed_us, found.at_us);
+                            self.publish(&made, port, trace.ready(found.at_us));
                         }
                         (Err(error), _) => {
                             failure = Some(self.failed(&format!("could not be probed: {error}")));
@@ -385,13 +381,7 @@ impl Launch {
         }
     }
 
-    fn ready(&self, made: &Made, timing: &mut WakeTiming, port: u16, execed_us: u64, at_us: u64) {
-        timing.steps.push(Step { name: "app".into(), us: at_us.saturating_sub(execed_us) });
-        timing.total_us = unix_us().saturating_sub(timing.begun_us);
-        self.publish(made, timing, port);
-    }
-
-    fn publish(&self, made: &Made, timing: &WakeTiming, port: u16) {
+    fn publish(&self, made: &Made, port: u16, timing: WakeTiming) {
         let live = Arc::new(Live {
             id: self.id(),
             pid: made.created.pid,
@@ -400,7 +390,7 @@ impl Launch {
             port,
         });
         lock(&self.host.live).insert(self.id(), Arc::clone(&live));
-        self.tell(Note::Listens { live, timing: timing.clone() });
+        self.tell(Note::Listens { live, timing });
     }
 
     fn plan(&self, begun_us: u64, image: &str) -> Result<Plan, End> {
@@ -534,21 +524,6 @@ impl Launch {
 
     fn id(&self) -> InstanceId {
         InstanceId { app: self.app.name.clone(), generation: self.generation }
-    }
-}
-
-/// Times the parts of a start.
-struct Laps(u64);
-
-impl Laps {
-    fn begin() -> Self {
-        Self(monotonic_us())
-    }
-
-    fn lap(&mut self, timing: &mut WakeTiming, name: &str) {
-        let now = monotonic_us();
-        timing.steps.push(Step { name: name.to_owned(), us: now.saturating_sub(self.0) });
-        self.0 = now;
     }
 }
 

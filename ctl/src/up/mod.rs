@@ -38,6 +38,8 @@ pub(crate) const PROGRAMS: [&str; 3] = [LAUNCHER, COREAPI, PROXY];
 const START: Duration = Duration::from_secs(60);
 /// How long a former launcher, or a former proxy's address, may take to go.
 const FORMER: Duration = Duration::from_secs(20);
+/// How long an earlier `up` that is ending may take to go.
+const EARLIER: Duration = Duration::from_secs(10);
 
 /// Runs the command.
 pub(crate) async fn run(global: &Global, options: &cli::Up, out: &mut Output) -> Result<(), Failure> {
@@ -54,7 +56,10 @@ pub(crate) async fn run(global: &Global, options: &cli::Up, out: &mut Output) ->
     let mut signals = Signals::listen()?;
 
     let root = folder::make(&global.state)?;
-    let _lock = folder::Lock::take(&root)?;
+    let mut lock = tokio::select! {
+        lock = folder::Lock::take(&root, EARLIER) => lock?,
+        () = signals.end() => return Ok(()),
+    };
     let cgroup = folder::cgroup_name(&root);
     tracing::debug!("state folder {}, cgroup {cgroup}", root.display());
     raise_file_limit();
@@ -79,6 +84,7 @@ pub(crate) async fn run(global: &Global, options: &cli::Up, out: &mut Output) ->
         Err(Failure::Told) => Ok(()),
         Err(failure) => Err(failure),
     };
+    lock.ending();
     let clean = stop(kept, &mut signals, &root, &cgroup).await;
     served.and(clean)
 }

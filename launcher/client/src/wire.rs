@@ -264,7 +264,8 @@ pub struct WakeTiming {
     pub begun_us: u64,
     /// From then until it listened, µs.
     pub total_us: u64,
-    /// The parts in order: `image`, `cgroup`, the sandbox's steps, `app` (exec until listen).
+    /// The parts in order, which sum to the whole: `image`, `cgroup`, `spawner` (handing over), the sandbox's steps, `app`
+    /// (exec until listen), `notice` (until the launcher knew).
     pub steps: Vec<Step>,
     /// Whether the app ran already when the request came (nothing was started).
     pub warm: bool,
