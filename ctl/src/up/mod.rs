@@ -13,7 +13,11 @@ use std::{
     time::Duration,
 };
 
-use launcher_client::{Client, paths::StateDir};
+use launcher_client::{
+    Client,
+    admin::{self, Answer, Question},
+    paths::StateDir,
+};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -122,6 +126,8 @@ async fn start(
     kept.push(
         Service { name: COREAPI, program: coreapi.clone(), args, grace: Duration::from_secs(5) }.keep(),
     );
+    // A former proxy that is on its way out may answer there still, and must not be taken for the new one.
+    let _ = std::fs::remove_file(state.proxy_socket());
     let mut args = common(&[]);
     for address in &options.listen {
         args.extend(["--listen".into(), address.to_string().into()]);
@@ -129,7 +135,7 @@ async fn start(
     kept.push(Service { name: PROXY, program: proxy.clone(), args, grace: Duration::from_secs(20) }.keep());
     unless_it_ends(kept, async {
         wait_for_proxy(&state.proxy_socket(), &options.listen).await;
-        wait_for_apps(&client, vhosts).await;
+        wait_for_apps(&client, &state.proxy_socket(), vhosts).await;
     })
     .await
 }
@@ -182,19 +188,28 @@ async fn wait_for_proxy(socket: &Path, listen: &[SocketAddr]) {
 }
 
 /// Waits until the launcher knows all apps, so that the first visitor of `ready` does not meet a 404.
-async fn wait_for_apps(client: &Client, vhosts: &[check::Vhost]) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+async fn wait_for_apps(client: &Client, proxy: &Path, vhosts: &[check::Vhost]) {
+    let deadline = Instant::now() + Duration::from_secs(30);
     loop {
-        if let Ok(known) = launcher::statuses(client, None).await
+        if proxy_knows(proxy, vhosts.len()).await
+            && let Ok(known) = launcher::statuses(client, None).await
             && vhosts.iter().all(|vhost| known.iter().any(|status| status.app.as_str() == vhost.app))
         {
             return;
         }
         if Instant::now() >= deadline {
-            tracing::warn!("the launcher does not know all apps of conf.d yet; see the log above");
+            tracing::warn!("not all apps of conf.d are known yet; see the log above");
             return;
         }
         sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Whether so many apps have reached the proxy by way of the launcher.
+async fn proxy_knows(socket: &Path, apps: usize) -> bool {
+    match admin::ask(socket, &Question::Stats {}).await {
+        Ok(Answer::Stats(stats)) => stats.launcher && stats.apps >= apps as u64,
+        _ => false,
     }
 }
 

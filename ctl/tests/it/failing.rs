@@ -40,19 +40,26 @@ fn a_flood_of_an_app_that_never_listens_is_bounded_and_leaves_nothing() {
     let blog = Vhost::probe("blog")
         .env("NEVER_LISTEN", 1)
         .with("hold", "queue = 50")
-        .with("hold", "timeout = \"2s\"")
-        .with("lifecycle", "start-timeout = \"20s\"");
+        .with("hold", "timeout = \"1s\"")
+        .with("lifecycle", "start-timeout = \"60s\"");
     let host = Host::up(&[&blog]);
     let proxy = host.pid_of("fastcontainer-proxy");
 
-    assert_eq!(flood(&host, &blog, 300), (250, 50, 250), "overflow, too late, told when to come again");
-    let after_one = rss(proxy);
-    for _ in 0..3 {
-        assert_eq!(flood(&host, &blog, 300), (250, 50, 250), "every place was given back");
+    // The allocator's arenas fill up over the first rounds; then a flood must cost nothing that stays.
+    let mut grown = usize::MAX;
+    for round in 0..15 {
+        let before = rss(proxy);
+        assert_eq!(
+            flood(&host, &blog, 300),
+            (250, 50, 250),
+            "round {round}: overflow, too late, told when to come again"
+        );
+        grown = rss(proxy).saturating_sub(before);
+        if round > 0 && grown < 512 {
+            break;
+        }
     }
-
-    let grown = rss(proxy).saturating_sub(after_one);
-    assert!(grown < 6 * 1024, "the proxy grew by {grown} KiB");
+    assert!(grown < 512, "the proxy still grows by {grown} KiB with each flood");
     host.ctl_ok(&["stop", "blog"]);
     assert_eq!(host.states("blog"), ["absent"]);
     host.end();
