@@ -1,32 +1,28 @@
 //! One instance's life: a task that owns its container, from the image to the removed cgroup.
 
-use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
+mod adoption;
+mod plan;
+
+use std::{sync::Arc, time::Duration};
 
 use cmdb::{App, AppName, Generation, InstanceId};
 use launcher_client::wire::{RefusalCode, Step, WakeTiming};
 use nix::libc::{SIGKILL, SIGTERM};
-use rustix::fs::{Mode, OFlags, ResolveFlags};
-use serde::{Deserialize, Serialize};
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     cgroup::{Group, Limits},
     host::{Host, lock},
     image::Lease,
-    keeper::{Created, Exit, KeeperError, KeeperEvent, Listening, monotonic_us},
+    keeper::{Created, Exit, KeeperError, KeeperEvent, Listening},
     network::NetSockets,
     output::{Capture, Output},
     ready,
-    sandbox::{ContainerId, Plan, PlanFds, StepTiming, VolumePlan},
+    sandbox::{ContainerId, PlanFds, StepTiming},
     supervisor::Message,
     trace::Trace,
 };
-
-/// Descriptors that an app may open; Debian's default for services.
-const NOFILE: u64 = 8192;
-/// `/dev/shm`, as Docker has it.
-const SHM_BYTES: u64 = 64 << 20;
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub use adoption::{Adoption, Tag, fingerprint};
 
 /// What a supervisor may do with an instance.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -118,43 +114,6 @@ struct Made {
     _image: Lease,
     /// Where it listens already: it is one that an earlier daemon started.
     listens: Option<u16>,
-}
-
-/// What a daemon writes on a container, to be read by the next one should it die.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-pub struct Tag {
-    /// First id of its user namespace's range.
-    pub id_base: u32,
-    /// What it runs, see [`crate::image::Layers::id`].
-    pub image: String,
-    /// When the daemon began to start it, µs since the Unix epoch.
-    pub begun_us: u64,
-    /// Fingerprint of what it was told to run, see [`fingerprint`].
-    pub runs: u64,
-}
-
-/// A container that an earlier daemon started and that listens.
-#[derive(Debug)]
-pub struct Adoption {
-    /// Its first process.
-    pub pid: i32,
-    /// The same.
-    pub pidfd: OwnedFd,
-    /// Where it listens.
-    pub port: u16,
-    /// The read ends of its standard output and error.
-    pub outputs: Vec<OwnedFd>,
-    /// What the earlier daemon wrote on it.
-    pub tag: Tag,
-}
-
-/// Tells apart what apps are told to run: FNV-1a over the container's and the volumes' configuration.
-#[must_use]
-pub fn fingerprint(app: &App) -> u64 {
-    // Plain data cannot fail to be written.
-    let text = serde_json::to_vec(&(&app.container, &app.volumes)).unwrap_or_default();
-    text.iter()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 impl Launch {
@@ -275,26 +234,6 @@ impl Launch {
         cause.ok().flatten().unwrap_or_else(|| self.cannot(error))
     }
 
-    /// Picks up everything of a container that runs already.
-    async fn take_over(&self, adoption: Adoption, captures: &mut Vec<Capture>) -> Result<Made, End> {
-        let group = self.host.cgroups.open(&self.container()).map_err(|e| self.cannot(&e))?;
-        // It may have been asleep when its daemon died; the next idle time freezes it again.
-        group.thaw().map_err(|e| self.cannot(&e))?;
-        let pidfd = adoption.pidfd.try_clone().map_err(|e| self.cannot(&e))?;
-        let sockets = self.host.netns.open(pidfd).await.map_err(|e| self.cannot(&e))?;
-        for (stream, read) in ["stdout", "stderr"].into_iter().zip(adoption.outputs) {
-            captures.push(self.output.resume(self.generation, stream, read).map_err(|e| self.cannot(&e))?);
-        }
-        Ok(Made {
-            created: Created { pid: adoption.pid, pidfd: adoption.pidfd, at_us: monotonic_us() },
-            group: Arc::new(group),
-            sockets,
-            trace: Trace::of_earlier(adoption.tag.begun_us),
-            _image: self.host.images.lease(&adoption.tag.image),
-            listens: Some(adoption.port),
-        })
-    }
-
     /// From the process's birth to its end.
     async fn live(
         &mut self,
@@ -393,72 +332,6 @@ impl Launch {
         self.tell(Note::Listens { live, timing });
     }
 
-    fn plan(&self, begun_us: u64, image: &str) -> Result<Plan, End> {
-        let container = &self.app.container;
-        let Some(id_base) = self.host.id_base(&self.app.name) else {
-            return Err(self.failed("could not be started: no range of user ids is left on this host"));
-        };
-        let mut env = container.env.clone();
-        let mut default = |name: &str, value: String| {
-            env.entry(name.to_owned()).or_insert(value);
-        };
-        default("PATH", DEFAULT_PATH.into());
-        default("HOME", "/".into());
-        default("HOSTNAME", self.app.name.to_string());
-        if let Some(port) = container.port {
-            default("PORT", port.to_string());
-        }
-        default("FC_APP", self.app.name.to_string());
-        default("FC_GENERATION", self.generation.to_string());
-        default("FC_WAKE_STARTED_NS", (begun_us * 1000).to_string());
-        let volumes = self.app.volumes.iter();
-        let tag = Tag { id_base, image: image.to_owned(), begun_us, runs: fingerprint(&self.app) };
-        Ok(Plan {
-            id: self.container(),
-            note: serde_json::to_string(&tag).map_err(|e| self.cannot(&e))?,
-            hostname: self.app.name.to_string(),
-            argv: container.command.clone(),
-            env: env.into_iter().map(|(name, value)| format!("{name}={value}")).collect(),
-            workdir: container.workdir.clone(),
-            user: container.user.clone(),
-            port: container.port,
-            id_base,
-            upper_bytes: self.app.resources.disk.0,
-            shm_bytes: SHM_BYTES,
-            nofile: NOFILE,
-            volumes: volumes
-                .map(|v| VolumePlan { target: v.target.clone(), read_only: v.read_only })
-                .collect(),
-            staging: self.host.staging.to_string_lossy().into_owned(),
-        })
-    }
-
-    /// Opens the app's volumes beneath the DataPool. In a blocking thread: a network file system may hang.
-    async fn open_volumes(&self) -> Result<Vec<OwnedFd>, End> {
-        if self.app.volumes.is_empty() {
-            return Ok(Vec::new());
-        }
-        let Some(pool) = &self.host.datapool else {
-            return Err(self
-                .failed("has volumes, but this host has no DataPool (start the launcher with --datapool)"));
-        };
-        let pool = pool.try_clone().map_err(|e| self.cannot(&e))?;
-        let sources: Vec<String> = self.app.volumes.iter().map(|v| v.source.clone()).collect();
-        let opened = tokio::task::spawn_blocking(move || {
-            sources
-                .iter()
-                .map(|source| open_beneath(&pool, source).map_err(|e| (source.clone(), e)))
-                .collect()
-        });
-        let opened: Result<Vec<OwnedFd>, (String, std::io::Error)> =
-            opened.await.map_err(|e| self.cannot(&e))?;
-        opened.map_err(|(source, error)| {
-            self.failed(&format!(
-                "could not be started: volume \"{source}\" cannot be opened beneath the DataPool: {error}"
-            ))
-        })
-    }
-
     async fn remove_group(&self, container: &ContainerId) {
         let Ok(group) = self.host.cgroups.open(container) else { return };
         // What is left in there after the first process has ended is dying already; this makes sure.
@@ -542,12 +415,6 @@ fn handles_sigterm(pid: i32) -> bool {
     caught
         .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
         .is_none_or(|mask| mask & (1 << (SIGTERM - 1)) != 0)
-}
-
-fn open_beneath(pool: &OwnedFd, source: &str) -> std::io::Result<OwnedFd> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
-    Ok(rustix::fs::openat2(pool, source, flags, Mode::empty(), resolve)?)
 }
 
 async fn sleep_until(deadline: Option<Instant>) {

@@ -101,6 +101,7 @@ fn an_answer_that_breaks_off_is_seen_to_break_off() {
     let host = Host::up(&[&blog]);
     let broken = host.ask(&get(&blog.host(), "/half"));
     assert!(matches!(broken, Err(Broken::Truncated(_))), "{broken:?}");
+    assert_eq!(host.access_log(1)[0]["error"], "broken-off");
     host.end();
 }
 
