@@ -222,19 +222,19 @@ pub(crate) struct Restart {
 }
 
 const WHY: &str = "\
-A request's id is in the access log (STATE/proxy/access.log) and on error pages. The proxy keeps the last 4096 requests.
-The parts that are printed sum to the whole.
+Without an id: the last requests, each with its id. Ids are in the access log (STATE/proxy/access.log) and on error pages
+too. The proxy keeps the last 4096 requests. The parts that are printed for one request sum to the whole.
 
 Examples:
-  tail -1 /var/lib/fastcontainer/proxy/access.log | jq -r .request_id
+  sudo fastcontainer why
   sudo fastcontainer why 7e382553a3f048da9951b845
   sudo fastcontainer why 7e382553a3f048da9951b845 --json";
 
 /// `why`
 #[derive(Args, Debug)]
 pub(crate) struct Why {
-    /// The request's id
-    pub(crate) id: String,
+    /// The request's id; without it the last requests are listed
+    pub(crate) id: Option<String>,
 }
 
 #[cfg(test)]

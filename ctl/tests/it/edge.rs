@@ -168,6 +168,8 @@ fn a_request_can_be_explained_to_the_microsecond() {
 
     let why = host.ctl_ok(&["why", "my-first-request"]);
     assert!(why.contains("blog") && why.contains("listen"), "{why}");
+    let last = host.ctl_ok(&["why"]);
+    assert!(last.contains("my-first-request") && last.contains("blog.test/"), "{last}");
     host.end();
 }
 
