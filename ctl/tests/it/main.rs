@@ -19,6 +19,7 @@ mod crash;
 mod edge;
 mod failing;
 mod hogs;
+mod images;
 mod isolation;
 mod lifecycle;
 mod sleep;
