@@ -228,9 +228,14 @@ impl Host {
         assert!(sockets.is_empty(), "sockets are left: {sockets:?}");
     }
 
-    /// The end of what `up` logged.
+    /// What `up` and its daemons logged.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    /// The end of it.
     pub(crate) fn log_tail(&self) -> String {
-        let log = fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
+        let log = self.log();
         let lines: Vec<&str> = log.lines().collect();
         lines[lines.len().saturating_sub(40)..].join("\n")
     }
