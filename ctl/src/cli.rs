@@ -112,6 +112,9 @@ pub(crate) struct Up {
     /// Where the CMDB lives: `embedded` in the launcher
     #[arg(long, value_name = "WHERE", default_value = "embedded", value_parser = ["embedded"])]
     pub(crate) cmdb: String,
+    /// Folder from which `[[volume]]` takes its folders; STATE/datapool if that is there
+    #[arg(long, value_name = "DIR")]
+    pub(crate) datapool: Option<PathBuf>,
 }
 
 const CHECK: &str = "\
