@@ -169,7 +169,26 @@ fn a_fault_is_shown_as_a_compiler_shows_it() {
 fn text_that_is_no_toml_is_told_with_its_place() {
     let found = faults("server-name = [\"a.example\"\n[container\nimage = \n");
     assert!(found.iter().any(|f| f.starts_with("2:") || f.starts_with("1:")), "{found:?}");
-    assert!(!found.iter().any(|f| f.contains("missing")), "{found:?}");
+    assert!(
+        !found.iter().any(|f| f.contains("[container]")),
+        "what could not be read is not missing: {found:?}"
+    );
+}
+
+#[test]
+fn what_is_no_toml_is_never_run() {
+    for (good, bad) in [
+        ("[\"/app\"]", "[\"/app\" \"-v\"]"),
+        ("[\"/app\"]", "[\"/app\"]\nenv = { A \"b\" }"),
+        ("[\"/app\"]", "[\"/app\"]\nenv = { A = \"b\" B = \"c\" }"),
+        ("[\"/app\"]", "[\"/app\"]\nport"),
+        ("[\"/app\"]", "[\"/app\"]\nport ="),
+    ] {
+        let text = LEAST.replace(good, bad);
+        let told = parse(&text).unwrap_err();
+        assert_eq!(told.len(), 1, "{text}: {told:#?}");
+        assert!(told[0].line >= 4, "{told:#?}");
+    }
 }
 
 #[test]
@@ -252,7 +271,11 @@ proptest! {
         let length = bytes.len();
         bytes[at % length] = byte;
         bytes.truncate(length - cut % length);
-        for fault in parse_file(Path::new("x.toml"), &bytes, Path::new("/")).err().unwrap_or_default() {
+        let read = parse_file(Path::new("x.toml"), &bytes, Path::new("/"));
+        let is_toml = std::str::from_utf8(&bytes).is_ok_and(|text| toml::de::DeTable::parse(text).is_ok());
+        prop_assert!(is_toml || read.is_err());
+        prop_assert!(!read.as_ref().is_err_and(Vec::is_empty), "an error without a fault");
+        for fault in read.err().unwrap_or_default() {
             let _ = render(&fault, std::str::from_utf8(&bytes).ok(), true);
         }
     }

@@ -45,20 +45,15 @@ pub(super) fn file(path: &Path, bytes: &[u8], base: &Path) -> Result<(App, Vec<N
     let name = app_name(path, &mut faults);
     let Some(source) = text(path, bytes, &mut faults) else { return Err(faults) };
     let (root, errors) = DeTable::parse_recoverable(source);
+    let whole = errors.is_empty();
     for error in errors {
         let span = error.span().unwrap_or(0..0);
         let message = error.message().lines().next().unwrap_or_default().to_owned();
         faults.push(Fault::at(path, source, span, message, "mend the TOML (toml.io describes it)".into()));
     }
-    let broken = faults.iter().any(|fault| fault.line > 0);
-    let mut reader = Reader { path, source, faults };
+    let mut reader = Reader { path, source, faults, whole };
     let read = read(&mut reader, &root, base);
-    let mut faults = reader.faults;
-    if broken {
-        // Of text that could not be read whole, what is not there says nothing.
-        let of_absence = ["missing", "has no \"", "is empty", "names no"];
-        faults.retain(|fault| !of_absence.iter().any(|absent| fault.message.contains(absent)));
-    }
+    let faults = reader.faults;
     match (name, read) {
         (Some(name), Some((app, names))) if faults.is_empty() => Ok((App { name, ..app }, names)),
         _ => Err(faults),
@@ -130,7 +125,7 @@ fn server_names(reader: &mut Reader<'_>, top: Section<'_>) -> Option<Vec<Named>>
     }
     let list = reader.texts(top, "server-name")?;
     if list.value.is_empty() {
-        reader.fault(
+        reader.absent(
             list.span,
             "\"server-name\" is empty",
             "name at least one host, for example \"blog.example.com\"",
@@ -168,7 +163,7 @@ fn read_container(reader: &mut Reader<'_>, section: Section<'_>, base: &Path) ->
     let image = reader.text(section, "image").and_then(|image| read_image(reader, image, base));
     let command = reader.texts(section, "command").and_then(|command| {
         if command.value.first().is_none_or(|program| program.value.is_empty()) {
-            reader.fault(
+            reader.absent(
                 command.span,
                 "\"command\" names no program",
                 "write for example command = [\"/usr/sbin/nginx\", \"-g\", \"daemon off;\"]",
