@@ -192,6 +192,48 @@ fn what_is_no_toml_is_never_run() {
 }
 
 #[test]
+fn no_limit_is_lifted_by_asking_for_nothing() {
+    for limit in ["disk = \"0\"", "disk = \"0.1B\"", "memory = \"0\"", "pids = 0", "cpu = \"0%\""] {
+        let told = faults(&format!("{LEAST}[resources]\n{limit}\n"));
+        assert_eq!(told.len(), 1, "{limit}: {told:?}");
+    }
+}
+
+#[test]
+fn a_message_stays_on_its_line_and_steers_no_terminal() {
+    let text = format!("{LEAST}[resources]\nmemory = \"\\u001b[2J\\nx.toml:1:1: forged\"\n");
+    let shown = parse(&text).unwrap_err()[0].to_string();
+    assert!(!shown.contains(char::is_control), "{shown:?}");
+    assert!(shown.contains("\\u{1b}[2J\\nx.toml"), "{shown}");
+}
+
+#[test]
+fn names_of_variables_are_names() {
+    for name in ["", "A B", "A=B", "A\\n", "\\u0000"] {
+        let told = faults(&format!("{LEAST}env = {{ \"{name}\" = \"x\" }}\n"));
+        assert!(told.len() == 1 && told[0].contains("name of a variable"), "{name:?}: {told:?}");
+    }
+    assert!(parse(&format!("{LEAST}env = {{ \"discovery.type\" = \"x\" }}\n")).is_ok());
+}
+
+#[test]
+fn a_file_from_an_editor_that_marks_utf8_is_shown_in_the_right_place() {
+    let text = format!("\u{feff}{LEAST}prot = 80\n");
+    let shown = render(&parse(&text).unwrap_err()[0], Some(&text), false);
+    assert!(shown.contains("blog.toml:5:1") && shown.contains("5 | prot = 80"), "{shown}");
+}
+
+#[test]
+fn a_file_of_thousands_of_faults_tells_the_first_and_counts_the_rest() {
+    for text in ["=\n".repeat(20_000), (0..4000).map(|n| format!("a{n} = 1\n")).collect()] {
+        let told = parse(&text).unwrap_err();
+        assert!(told.len() <= 101, "{}", told.len());
+        let last = told.last().unwrap();
+        assert!(last.message.contains("more faults"), "{last}");
+    }
+}
+
+#[test]
 fn one_bad_file_disturbs_no_other() {
     let folder = tempfile::tempdir().unwrap();
     let conf = folder.path().join("conf.d");

@@ -18,6 +18,9 @@ pub(super) struct Reader<'f> {
     pub(super) faults: Vec<Fault>,
     /// Whether the text is TOML. Of text that could not be read whole, what is not there says nothing.
     pub(super) whole: bool,
+    /// How many faults are told; those beyond are counted.
+    pub(super) most: usize,
+    pub(super) untold: usize,
 }
 
 /// One table of the file. A value that is missing or wrong has told its fault already, and reads as `None`.
@@ -45,6 +48,10 @@ impl Section<'_> {
 
 impl Reader<'_> {
     pub(super) fn fault(&mut self, span: Range<usize>, message: impl Into<String>, mend: impl Into<String>) {
+        if self.faults.len() >= self.most {
+            self.untold += 1;
+            return;
+        }
         // The parser's stand-in for what it could not read is no second fault.
         if !self.whole && self.faults.iter().any(|told| told.line > 0 && told.span.start == span.start) {
             return;
