@@ -19,8 +19,9 @@ use crate::app::{App, AppName, HostPattern};
 pub use fault::{Fault, render};
 pub use schema::reference;
 
-/// Larger files are refused: a vhost file has some dozen lines.
-const LARGEST: u64 = 1 << 20;
+/// Larger files are refused: a vhost file has some dozen lines, and an app with all its environment must fit into one
+/// packet of the launcher's protocol.
+const LARGEST: u64 = 48 * 1024;
 
 /// What a folder of vhost files holds.
 #[derive(Debug, Default)]
@@ -125,14 +126,18 @@ fn read_file(path: &Path) -> Result<Vec<u8>, Vec<Fault>> {
         return Err(fault("it is no file".into(), "only files may be called *.toml in here"));
     }
     if metadata.len() > LARGEST {
-        let message = format!("it has {} bytes, and a vhost file may have {LARGEST}", metadata.len());
-        return Err(fault(message, "is this a vhost file? If not, take it out of the folder"));
+        return Err(vec![too_large(path, metadata.len())]);
     }
     let mut bytes = Vec::new();
     fs::File::open(path)
         .and_then(|file| file.take(LARGEST + 1).read_to_end(&mut bytes))
         .map_err(unreadable)?;
     Ok(bytes)
+}
+
+fn too_large(path: &Path, bytes: u64) -> Fault {
+    let message = format!("it has {bytes} bytes, and a vhost file may have {LARGEST}");
+    Fault::of_file(path, message, "is this a vhost file? If not, take it out of the folder")
 }
 
 /// The app that a file is named for.

@@ -169,7 +169,68 @@ fn a_fault_is_shown_as_a_compiler_shows_it() {
 fn text_that_is_no_toml_is_told_with_its_place() {
     let found = faults("server-name = [\"a.example\"\n[container\nimage = \n");
     assert!(found.iter().any(|f| f.starts_with("2:") || f.starts_with("1:")), "{found:?}");
-    assert!(!found.iter().any(|f| f.contains("missing")), "{found:?}");
+    assert!(
+        !found.iter().any(|f| f.contains("[container]")),
+        "what could not be read is not missing: {found:?}"
+    );
+}
+
+#[test]
+fn what_is_no_toml_is_never_run() {
+    for (good, bad) in [
+        ("[\"/app\"]", "[\"/app\" \"-v\"]"),
+        ("[\"/app\"]", "[\"/app\"]\nenv = { A \"b\" }"),
+        ("[\"/app\"]", "[\"/app\"]\nenv = { A = \"b\" B = \"c\" }"),
+        ("[\"/app\"]", "[\"/app\"]\nport"),
+        ("[\"/app\"]", "[\"/app\"]\nport ="),
+    ] {
+        let text = LEAST.replace(good, bad);
+        let told = parse(&text).unwrap_err();
+        assert_eq!(told.len(), 1, "{text}: {told:#?}");
+        assert!(told[0].line >= 4, "{told:#?}");
+    }
+}
+
+#[test]
+fn no_limit_is_lifted_by_asking_for_nothing() {
+    for limit in ["disk = \"0\"", "disk = \"0.1B\"", "memory = \"0\"", "pids = 0", "cpu = \"0%\""] {
+        let told = faults(&format!("{LEAST}[resources]\n{limit}\n"));
+        assert_eq!(told.len(), 1, "{limit}: {told:?}");
+    }
+}
+
+#[test]
+fn a_message_stays_on_its_line_and_steers_no_terminal() {
+    let text = format!("{LEAST}[resources]\nmemory = \"\\u001b[2J\\nx.toml:1:1: forged\"\n");
+    let shown = parse(&text).unwrap_err()[0].to_string();
+    assert!(!shown.contains(char::is_control), "{shown:?}");
+    assert!(shown.contains("\\u{1b}[2J\\nx.toml"), "{shown}");
+}
+
+#[test]
+fn names_of_variables_are_names() {
+    for name in ["", "A B", "A=B", "A\\n", "\\u0000"] {
+        let told = faults(&format!("{LEAST}env = {{ \"{name}\" = \"x\" }}\n"));
+        assert!(told.len() == 1 && told[0].contains("name of a variable"), "{name:?}: {told:?}");
+    }
+    assert!(parse(&format!("{LEAST}env = {{ \"discovery.type\" = \"x\" }}\n")).is_ok());
+}
+
+#[test]
+fn a_file_from_an_editor_that_marks_utf8_is_shown_in_the_right_place() {
+    let text = format!("\u{feff}{LEAST}prot = 80\n");
+    let shown = render(&parse(&text).unwrap_err()[0], Some(&text), false);
+    assert!(shown.contains("blog.toml:5:1") && shown.contains("5 | prot = 80"), "{shown}");
+}
+
+#[test]
+fn a_file_of_thousands_of_faults_tells_the_first_and_counts_the_rest() {
+    for text in ["=\n".repeat(20_000), (0..4000).map(|n| format!("a{n} = 1\n")).collect()] {
+        let told = parse(&text).unwrap_err();
+        assert!(told.len() <= 101, "{}", told.len());
+        let last = told.last().unwrap();
+        assert!(last.message.contains("more faults"), "{last}");
+    }
 }
 
 #[test]
@@ -252,7 +313,11 @@ proptest! {
         let length = bytes.len();
         bytes[at % length] = byte;
         bytes.truncate(length - cut % length);
-        for fault in parse_file(Path::new("x.toml"), &bytes, Path::new("/")).err().unwrap_or_default() {
+        let read = parse_file(Path::new("x.toml"), &bytes, Path::new("/"));
+        let is_toml = std::str::from_utf8(&bytes).is_ok_and(|text| toml::de::DeTable::parse(text).is_ok());
+        prop_assert!(is_toml || read.is_err());
+        prop_assert!(!read.as_ref().is_err_and(Vec::is_empty), "an error without a fault");
+        for fault in read.err().unwrap_or_default() {
             let _ = render(&fault, std::str::from_utf8(&bytes).ok(), true);
         }
     }

@@ -49,6 +49,7 @@ impl Fault {
         let line = before.bytes().filter(|b| *b == b'\n').count() + 1;
         let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
         let text = source[start..end].lines().next().unwrap_or_default().chars().take(80).collect();
+        let (message, mend) = (printable(message), printable(mend));
         Self { file: file.to_owned(), line, column, text, message, mend, span: start..end }
     }
 }
@@ -75,6 +76,7 @@ pub fn render(fault: &Fault, source: Option<&str>, colour: bool) -> String {
     let path = fault.file.to_string_lossy();
     let title = Level::ERROR.primary_title(fault.message.as_str());
     let help = Level::HELP.message(fault.mend.as_str());
+    let source = source.map(without_mark);
     // The file may have changed since the fault was found: then only its place is told.
     let shows = source.filter(|source| {
         fault.line > 0
@@ -97,6 +99,23 @@ pub fn render(fault: &Fault, source: Option<&str>, colour: bool) -> String {
             renderer.render(report)
         }
     }
+}
+
+/// The text without a byte order mark: places are counted from after it.
+pub(super) fn without_mark(text: &str) -> &str {
+    text.strip_prefix('\u{feff}').unwrap_or(text)
+}
+
+/// Messages quote what the file says. They stay on one line, and steer no terminal.
+fn printable(text: String) -> String {
+    if !text.contains(char::is_control) {
+        return text;
+    }
+    let mut shown = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
+        if c.is_control() { shown.extend(c.escape_default()) } else { shown.push(c) }
+    }
+    shown
 }
 
 fn first_chars(text: &str) -> &str {

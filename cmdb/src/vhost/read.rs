@@ -10,9 +10,10 @@ use std::{
 use toml::de::DeTable;
 
 use super::{
-    app_name,
-    fault::Fault,
+    LARGEST, app_name,
+    fault::{Fault, without_mark},
     reader::{At, Reader, Section},
+    too_large,
 };
 use crate::{
     app::{App, Container, Hold, HostPattern, Lifecycle, Pick, Resources, Scale, Volume},
@@ -36,8 +37,10 @@ impl Named {
 
 /// Least memory that any program can start with.
 const LEAST_MEMORY: Bytes = Bytes(1 << 20);
-/// So that an app with all its environment fits into one packet of the launcher's protocol.
-const MOST_TEXT: usize = 48 * 1024;
+/// Least writable layer. It also keeps 0 out, which the kernel's tmpfs takes for "no limit".
+const LEAST_DISK: Bytes = Bytes(64 << 10);
+/// Faults told of one file. A file with more is of another kind, and each costs its reader time.
+const MOST_FAULTS: usize = 100;
 
 /// Reads one file.
 pub(super) fn file(path: &Path, bytes: &[u8], base: &Path) -> Result<(App, Vec<Named>), Vec<Fault>> {
@@ -45,19 +48,20 @@ pub(super) fn file(path: &Path, bytes: &[u8], base: &Path) -> Result<(App, Vec<N
     let name = app_name(path, &mut faults);
     let Some(source) = text(path, bytes, &mut faults) else { return Err(faults) };
     let (root, errors) = DeTable::parse_recoverable(source);
-    for error in errors {
+    let whole = errors.is_empty();
+    let untold = errors.len().saturating_sub(MOST_FAULTS);
+    for error in errors.into_iter().take(MOST_FAULTS) {
         let span = error.span().unwrap_or(0..0);
         let message = error.message().lines().next().unwrap_or_default().to_owned();
         faults.push(Fault::at(path, source, span, message, "mend the TOML (toml.io describes it)".into()));
     }
-    let broken = faults.iter().any(|fault| fault.line > 0);
-    let mut reader = Reader { path, source, faults };
+    let mut reader = Reader { path, source, faults, whole, most: MOST_FAULTS, untold: 0 };
     let read = read(&mut reader, &root, base);
+    let untold = untold + reader.untold;
     let mut faults = reader.faults;
-    if broken {
-        // Of text that could not be read whole, what is not there says nothing.
-        let of_absence = ["missing", "has no \"", "is empty", "names no"];
-        faults.retain(|fault| !of_absence.iter().any(|absent| fault.message.contains(absent)));
+    if untold > 0 {
+        let message = format!("it has {untold} more faults");
+        faults.push(Fault::of_file(path, message, "mend the ones above first; is this a vhost file?"));
     }
     match (name, read) {
         (Some(name), Some((app, names))) if faults.is_empty() => Ok((App { name, ..app }, names)),
@@ -66,9 +70,9 @@ pub(super) fn file(path: &Path, bytes: &[u8], base: &Path) -> Result<(App, Vec<N
 }
 
 fn text<'b>(path: &Path, bytes: &'b [u8], faults: &mut Vec<Fault>) -> Option<&'b str> {
-    if bytes.len() > MOST_TEXT {
-        let message = format!("it has {} bytes, and a vhost file may have {MOST_TEXT}", bytes.len());
-        faults.push(Fault::of_file(path, message, "is this a vhost file? If not, take it out of the folder"));
+    let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+    if length > LARGEST {
+        faults.push(too_large(path, length));
         return None;
     }
     if bytes.iter().all(u8::is_ascii_whitespace) {
@@ -77,7 +81,7 @@ fn text<'b>(path: &Path, bytes: &'b [u8], faults: &mut Vec<Fault>) -> Option<&'b
         return None;
     }
     match std::str::from_utf8(bytes) {
-        Ok(text) => Some(text.strip_prefix('\u{feff}').unwrap_or(text)),
+        Ok(text) => Some(without_mark(text)),
         Err(error) => {
             let at = error.valid_up_to();
             let line = bytes[..at].iter().filter(|b| **b == b'\n').count() + 1;
@@ -130,7 +134,7 @@ fn server_names(reader: &mut Reader<'_>, top: Section<'_>) -> Option<Vec<Named>>
     }
     let list = reader.texts(top, "server-name")?;
     if list.value.is_empty() {
-        reader.fault(
+        reader.absent(
             list.span,
             "\"server-name\" is empty",
             "name at least one host, for example \"blog.example.com\"",
@@ -168,7 +172,7 @@ fn read_container(reader: &mut Reader<'_>, section: Section<'_>, base: &Path) ->
     let image = reader.text(section, "image").and_then(|image| read_image(reader, image, base));
     let command = reader.texts(section, "command").and_then(|command| {
         if command.value.first().is_none_or(|program| program.value.is_empty()) {
-            reader.fault(
+            reader.absent(
                 command.span,
                 "\"command\" names no program",
                 "write for example command = [\"/usr/sbin/nginx\", \"-g\", \"daemon off;\"]",
@@ -209,7 +213,8 @@ fn read_image(reader: &mut Reader<'_>, image: At<String>, base: &Path) -> Option
 fn read_env(reader: &mut Reader<'_>, section: Section<'_>) -> BTreeMap<String, String> {
     let mut env = BTreeMap::new();
     for (name, value) in reader.pairs(section, "env").unwrap_or_default() {
-        if name.value.is_empty() || name.value.contains(['=', '\0']) {
+        let unfit = |c: char| c == '=' || c.is_whitespace() || c.is_control();
+        if name.value.is_empty() || name.value.contains(unfit) {
             let mend = "use letters, digits and '_'";
             reader.fault(name.span, format!("{:?} cannot be the name of a variable", name.value), mend);
         } else {
@@ -274,13 +279,21 @@ fn read_resources(reader: &mut Reader<'_>, section: Section<'_>) -> Resources {
             "write at least \"1MiB\"",
         );
     }
+    let disk = reader.unit::<Bytes>(section, "disk");
+    if let Some(disk) = disk.as_ref().filter(|disk| disk.value < LEAST_DISK) {
+        reader.fault(
+            disk.span.clone(),
+            "this is too little to write anything",
+            format!("write at least \"{LEAST_DISK}\""),
+        );
+    }
     let cpu = cpu.map(|cpu| cpu.value);
     Resources {
         cpu,
         cpu_max: cpu_max.map(|max| max.value).or(cpu),
         memory: memory.map_or(Bytes(512 << 20), |memory| memory.value),
         pids: reader.number(section, "pids", 1, 4_000_000).map_or(256, |pids| pids.value),
-        disk: reader.unit::<Bytes>(section, "disk").map_or(Bytes(1 << 30), |disk| disk.value),
+        disk: disk.map_or(Bytes(1 << 30), |disk| disk.value),
     }
 }
 

@@ -16,6 +16,11 @@ pub(super) struct Reader<'f> {
     pub(super) path: &'f Path,
     pub(super) source: &'f str,
     pub(super) faults: Vec<Fault>,
+    /// Whether the text is TOML. Of text that could not be read whole, what is not there says nothing.
+    pub(super) whole: bool,
+    /// How many faults are told; those beyond are counted.
+    pub(super) most: usize,
+    pub(super) untold: usize,
 }
 
 /// One table of the file. A value that is missing or wrong has told its fault already, and reads as `None`.
@@ -43,7 +48,22 @@ impl Section<'_> {
 
 impl Reader<'_> {
     pub(super) fn fault(&mut self, span: Range<usize>, message: impl Into<String>, mend: impl Into<String>) {
+        if self.faults.len() >= self.most {
+            self.untold += 1;
+            return;
+        }
+        // The parser's stand-in for what it could not read is no second fault.
+        if !self.whole && self.faults.iter().any(|told| told.line > 0 && told.span.start == span.start) {
+            return;
+        }
         self.faults.push(Fault::at(self.path, self.source, span, message.into(), mend.into()));
+    }
+
+    /// A fault that something is not there.
+    pub(super) fn absent(&mut self, span: Range<usize>, message: impl Into<String>, mend: impl Into<String>) {
+        if self.whole {
+            self.fault(span, message, mend);
+        }
     }
 
     /// The top of the file.
@@ -109,7 +129,7 @@ impl Reader<'_> {
             ),
             other => (format!("[{other}] has no \"{name}\""), format!("add {name} = {example}")),
         };
-        self.fault(section.span.0..section.span.1, message, mend);
+        self.absent(section.span.0..section.span.1, message, mend);
     }
 
     pub(super) fn text(&mut self, section: Section<'_>, name: &str) -> Option<At<String>> {
