@@ -60,8 +60,7 @@ impl LastKnownGood {
         let write = || -> io::Result<()> {
             // Environment variables of apps may hold secrets: for the proxy's user only.
             let mut options = fs::OpenOptions::new();
-            let mut file =
-                options.write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+            let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
             writeln!(file, "{MAGIC} {SCHEMA} {:016x} {}", checksum(&body), body.len())?;
             file.write_all(&body)?;
             file.sync_data()?;

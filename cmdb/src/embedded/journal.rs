@@ -251,7 +251,7 @@ fn write(path: &Path, database: Database, queue: &mpsc::Receiver<Job>, durable: 
             Err(error) => tracing::error!(%error, "the journal could not be written"),
         }
         for job in batch {
-            let done = done.as_ref().map_err(|e| StoreError::Unavailable(e.to_string())).copied();
+            let done = done.clone().map_err(StoreError::Unavailable);
             match job {
                 Job::Put(_, _, reply) | Job::Remove(_, reply) => drop(reply.send(done)),
                 Job::Ceiling(_, Some(reply)) => drop(reply.send(done)),
@@ -266,7 +266,7 @@ fn commit(
     path: &Path,
     database: &mut Option<Database>,
     change: impl FnOnce(&redb::WriteTransaction) -> Result<(), redb::Error>,
-) -> Result<(), StoreError> {
+) -> Result<(), String> {
     let run = || -> Result<(), redb::Error> {
         let open = match database {
             Some(open) => open,
@@ -282,8 +282,8 @@ fn commit(
     run().map_err(|error| {
         *database = None;
         match error {
-            redb::Error::Io(io) => StoreError::Unavailable(format!("the journal cannot be written: {io}")),
-            other => StoreError::Unavailable(format!("the journal cannot be written: {other}")),
+            redb::Error::Io(io) => format!("the journal cannot be written: {io}"),
+            other => format!("the journal cannot be written: {other}"),
         }
     })
 }
