@@ -22,6 +22,23 @@ pub(crate) fn make(state: &Path) -> Result<PathBuf, Failure> {
     Ok(root)
 }
 
+/// The DataPool, if there is one: a chosen folder must be there, the state folder's own need not.
+pub(crate) fn datapool(root: &Path, chosen: Option<&Path>) -> Result<Option<PathBuf>, Failure> {
+    let own = root.join("datapool");
+    let path = chosen.unwrap_or(&own);
+    let found = fs::canonicalize(path).and_then(|found| match found.is_dir() {
+        true => Ok(found),
+        false => Err(io::ErrorKind::NotADirectory.into()),
+    });
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if chosen.is_none() && error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => {
+            Err(Failure::failed(format!("the DataPool {} cannot be used: {error}", path.display())))
+        }
+    }
+}
+
 fn make_dir(path: &Path, mode: u32, owner: Option<(u32, u32)>) -> Result<(), Failure> {
     let made = fs::create_dir_all(path)
         .and_then(|()| fs::set_permissions(path, Permissions::from_mode(mode)))
@@ -196,6 +213,25 @@ mod tests {
         let refused = Lock::take(dir.path(), Duration::ZERO).await.unwrap_err().to_string();
 
         assert!(refused.contains(&format!("(pid {}, which is ending)", std::process::id())), "{refused}");
+    }
+
+    #[test]
+    fn a_datapool_is_chosen_or_the_state_folders_own_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(dir.path()).unwrap();
+        let (own, other, file) = (root.join("datapool"), root.join("other"), root.join("file"));
+        assert_eq!(datapool(&root, None).unwrap(), None);
+
+        fs::create_dir(&own).unwrap();
+        fs::create_dir(&other).unwrap();
+        fs::write(&file, "").unwrap();
+
+        assert_eq!(datapool(&root, None).unwrap(), Some(own));
+        assert_eq!(datapool(&root, Some(&other)).unwrap(), Some(other));
+        for wrong in [root.join("absent"), file] {
+            let refused = datapool(&root, Some(&wrong)).unwrap_err().to_string();
+            assert!(refused.contains(&wrong.display().to_string()), "{refused}");
+        }
     }
 
     #[test]

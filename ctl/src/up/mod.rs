@@ -116,7 +116,10 @@ async fn start(
         all
     };
 
-    let args = common(&[&"--cgroup-parent", &cgroup]);
+    let mut args = common(&[&"--cgroup-parent", &cgroup]);
+    if let Some(datapool) = folder::datapool(root, options.datapool.as_deref())? {
+        args.extend(["--datapool".into(), datapool.into()]);
+    }
     let grace = Duration::from_secs(40);
     kept.push(Service { name: LAUNCHER, program: launcher.clone(), args, grace }.keep());
     let socket = state.launcher_socket();

@@ -110,6 +110,24 @@ fn a_change_of_limits_reaches_the_running_instance() {
 }
 
 #[test]
+fn the_operator_changes_limits_of_the_running_process() {
+    let blog = Vhost::probe("blog").with("resources", "cpu = \"20%\"");
+    let host = Host::up(&[&blog]);
+    host.get(&blog, "/").expect_status(200);
+    host.wait_for("the quota", || host.ps("blog")[0]["cpu_limit"] == 200);
+    let before = host.ps("blog")[0].clone();
+
+    host.ctl_ok(&["limit", "blog", "--cpu", "60%", "--memory", "96MiB"]);
+
+    let after = host.ps("blog")[0].clone();
+    assert_eq!(after["pid"], before["pid"]);
+    assert_eq!((&after["cpu_limit"], &after["memory_limit"]), (&600.into(), &(96 << 20).into()), "{after}");
+    assert_eq!(host.ctl(&["limit", "blog"]).status.code(), Some(2), "nothing to change");
+    assert_eq!(host.ctl(&["limit", "nobody", "--pids", "9"]).status.code(), Some(4));
+    host.end();
+}
+
+#[test]
 fn a_change_of_what_runs_replaces_the_instance_and_fails_nobody() {
     let blog = Vhost::probe("blog").env("LISTEN_AFTER_MS", 200);
     let host = Host::up(&[&blog]);
@@ -181,4 +199,53 @@ fn commands_tell_scripts_what_came_of_them() {
         .arg(state)
         .output();
     assert_eq!(output.unwrap().status.code(), Some(3), "nothing runs there any more");
+}
+
+/// Moves `conf.d` beneath a folder that only root may enter; a link leads there.
+fn hide_conf(folder: &std::path::Path) {
+    let hidden = folder.join("hidden");
+    fs::create_dir(&hidden).unwrap();
+    fs::set_permissions(&hidden, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    fs::rename(folder.join("conf.d"), hidden.join("conf.d")).unwrap();
+    std::os::unix::fs::symlink(hidden.join("conf.d"), folder.join("conf.d")).unwrap();
+}
+
+#[test]
+fn conf_d_may_lie_where_only_root_may_go() {
+    let blog = Vhost::probe("blog");
+    let host = Host::up_after(&[("blog.toml".into(), blog.text().into_bytes())], &[], hide_conf);
+    host.get(&blog, "/").expect_status(200);
+
+    let shop = Vhost::probe("shop");
+    host.apply(&shop);
+    host.get(&shop, "/").expect_status(200);
+    fs::remove_file(host.conf.join("blog.toml")).unwrap();
+    host.wait_for("the app to be unknown", || host.get(&blog, "/").status == 404);
+    host.end();
+}
+
+#[test]
+fn a_hangup_has_the_configuration_read_again() {
+    // A link to a file elsewhere: nothing in conf.d changes when that file does, so nobody is told of it.
+    let blog = Vhost::probe("blog");
+    let host = Host::up_after(&[("blog.toml".into(), blog.text().into_bytes())], &[], |folder| {
+        fs::rename(folder.join("conf.d/blog.toml"), folder.join("elsewhere")).unwrap();
+        std::os::unix::fs::symlink(folder.join("elsewhere"), folder.join("conf.d/blog.toml")).unwrap();
+    });
+    let edited = host.conf.with_file_name("elsewhere");
+    let hangup =
+        |pid| nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGHUP).unwrap();
+    let coreapi = host.pid_of("fastcontainer-coreapi");
+
+    for (edition, pid) in [("1", coreapi), ("2", host.pid())] {
+        let read = || host.log().matches("SIGHUP: reading").count();
+        let (reads, applied) = (read(), host.count("blog", "config-applied"));
+        fs::write(&edited, blog.clone().env("EDITION", edition).text()).unwrap();
+        hangup(pid);
+        host.wait_for("the folder to be read", || read() > reads);
+        host.wait_for("the change", || host.count("blog", "config-applied") > applied);
+    }
+    assert_eq!(host.pid_of("fastcontainer-coreapi"), coreapi, "the same process");
+    assert_eq!(host.get(&blog, "/env").json()["EDITION"], "2");
+    host.end();
 }

@@ -58,6 +58,9 @@ fn a_memory_hog_is_ended_and_told_apart_from_a_crash() {
 fn a_hog_of_descriptors_ends_at_its_own_limit() {
     let hog = Vhost::probe("hog");
     let host = beside_a_hog(&hog, "/fdhog", 2);
+    let pid = host.ps("hog")[0]["pid"].as_u64().expect("it lives on");
+    let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    assert!((8000..=8192).contains(&open), "{open} descriptors: all that it may have, and no more");
     host.ctl_ok(&["stop", "hog"]);
     host.end();
 }

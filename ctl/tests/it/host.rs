@@ -31,6 +31,7 @@ pub(crate) struct Host {
     pub(crate) port: u16,
     pub(crate) state: PathBuf,
     pub(crate) conf: PathBuf,
+    arguments: Vec<String>,
     folder: tempfile::TempDir,
 }
 
@@ -44,6 +45,15 @@ impl Host {
 
     /// Starts a host with these files in its `conf.d`.
     pub(crate) fn up_with(files: &[(String, Vec<u8>)]) -> Self {
+        Self::up_after(files, &[], |_| {})
+    }
+
+    /// The same with more arguments, after `prepare` has been at the folder that holds `conf.d` and the state (`s`).
+    pub(crate) fn up_after(
+        files: &[(String, Vec<u8>)],
+        arguments: &[&str],
+        prepare: impl FnOnce(&Path),
+    ) -> Self {
         assert!(nix::unistd::geteuid().is_root(), "containers need root: run the tests as root");
         // Short, because a Unix socket's path may have 108 bytes only.
         let folder = tempfile::Builder::new().prefix("fc").tempdir_in("/tmp").expect("a folder");
@@ -55,15 +65,17 @@ impl Host {
         for (name, bytes) in files {
             fs::write(conf.join(name), bytes).expect("a vhost file");
         }
+        prepare(folder.path());
         let state = folder.path().join("s");
         let port = free_port();
-        let child = start(&conf, &state, port, folder.path());
-        Self { child, port, state, conf, folder }
+        let arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        let child = start(&conf, &state, port, folder.path(), &arguments);
+        Self { child, port, state, conf, arguments, folder }
     }
 
     /// Another `up` on the same folders, after the one before was killed.
     pub(crate) fn again(&mut self) {
-        self.child = start(&self.conf, &self.state, self.port, self.folder.path());
+        self.child = start(&self.conf, &self.state, self.port, self.folder.path(), &self.arguments);
     }
 
     /// One request on a connection of its own.
@@ -216,9 +228,14 @@ impl Host {
         assert!(sockets.is_empty(), "sockets are left: {sockets:?}");
     }
 
-    /// The end of what `up` logged.
+    /// What `up` and its daemons logged.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    /// The end of it.
     pub(crate) fn log_tail(&self) -> String {
-        let log = fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
+        let log = self.log();
         let lines: Vec<&str> = log.lines().collect();
         lines[lines.len().saturating_sub(40)..].join("\n")
     }
@@ -316,7 +333,7 @@ pub(crate) fn cgroup_parents() -> Vec<String> {
     names
 }
 
-fn start(conf: &Path, state: &Path, port: u16, folder: &Path) -> Child {
+fn start(conf: &Path, state: &Path, port: u16, folder: &Path, arguments: &[String]) -> Child {
     let log = fs::OpenOptions::new().create(true).append(true).open(folder.join("log")).expect("a log");
     let mut child = Command::new(program("fastcontainer"))
         .arg("up")
@@ -326,6 +343,7 @@ fn start(conf: &Path, state: &Path, port: u16, folder: &Path) -> Child {
         .arg(format!("127.0.0.1:{port}"))
         .arg("--state")
         .arg(state)
+        .args(arguments)
         .stdout(Stdio::piped())
         .stderr(log)
         // A Ctrl-C at the tests must not reach what a test ends by itself.

@@ -14,11 +14,13 @@ mod host;
 mod http;
 mod vhost;
 
+mod commands;
 mod config;
 mod crash;
 mod edge;
 mod failing;
 mod hogs;
+mod images;
 mod isolation;
 mod lifecycle;
 mod sleep;

@@ -60,8 +60,7 @@ impl Launch {
             return Ok(Vec::new());
         }
         let Some(pool) = &self.host.datapool else {
-            return Err(self
-                .failed("has volumes, but this host has no DataPool (start the launcher with --datapool)"));
+            return Err(self.failed("has volumes, but this host has no DataPool (see `up --datapool`)"));
         };
         let pool = pool.try_clone().map_err(|e| self.cannot(&e))?;
         let sources: Vec<String> = self.app.volumes.iter().map(|v| v.source.clone()).collect();
