@@ -64,8 +64,31 @@ struct Writer<T> {
     version: u64,
 }
 
-/// A host name and whose it is now.
-type Edit<T> = (HostPattern, Option<Arc<T>>);
+/// A change of one host name.
+#[derive(Debug)]
+enum Edit<T> {
+    /// It is this tenant's from now on.
+    Give(HostPattern, Arc<T>),
+    /// It is this tenant's no more; where another one was given it meanwhile (an app was renamed, a name moved), it stays
+    /// with that one, in whichever order a resync tells of the two.
+    Take(HostPattern, Arc<T>),
+}
+
+impl<T> Edit<T> {
+    fn pattern(&self) -> &HostPattern {
+        match self {
+            Self::Give(pattern, _) | Self::Take(pattern, _) => pattern,
+        }
+    }
+
+    fn give<'a>(app: &'a App, tenant: &'a Arc<T>) -> impl Iterator<Item = Self> + 'a {
+        app.server_names.iter().map(|name| Self::Give(name.clone(), Arc::clone(tenant)))
+    }
+
+    fn take<'a>(app: &'a App, tenant: &'a Arc<T>) -> impl Iterator<Item = Self> + 'a {
+        app.server_names.iter().map(|name| Self::Take(name.clone(), Arc::clone(tenant)))
+    }
+}
 
 #[derive(Debug)]
 struct Known<T> {
@@ -166,13 +189,13 @@ impl<T: Tenant> CmCache<T> {
 
     fn publish(&self, writer: &mut Writer<T>) {
         let mut by_shard: HashMap<usize, Vec<Edit<T>>> = HashMap::new();
-        for (pattern, tenant) in writer.edits.drain(..) {
-            by_shard.entry(self.index(key(&pattern))).or_default().push((pattern, tenant));
+        for edit in writer.edits.drain(..) {
+            by_shard.entry(self.index(key(edit.pattern()))).or_default().push(edit);
         }
         for (index, edits) in by_shard {
             let mut shard = Shard::clone(&self.shards[index].load());
-            for (pattern, tenant) in edits {
-                shard.edit(pattern, tenant);
+            for edit in edits {
+                shard.edit(edit);
             }
             self.shards[index].store(Arc::new(shard));
         }
@@ -196,7 +219,7 @@ impl<T: Tenant> Writer<T> {
     fn put(&mut self, app: Arc<App>, record: Arc<AppRecord>) {
         let Some(known) = self.apps.get_mut(&app.name) else {
             let tenant = Arc::new(T::new(Arc::clone(&app), Arc::clone(&record)));
-            self.edits.extend(app.server_names.iter().map(|n| (n.clone(), Some(Arc::clone(&tenant)))));
+            self.edits.extend(Edit::give(&app, &tenant));
             self.version += 1;
             self.apps.insert(app.name.clone(), Known { app, tenant, rev: record.rev });
             return;
@@ -204,9 +227,8 @@ impl<T: Tenant> Writer<T> {
         if *known.app != *app {
             self.version += 1;
             if known.app.server_names != app.server_names {
-                self.edits.extend(known.app.server_names.iter().map(|n| (n.clone(), None)));
-                self.edits
-                    .extend(app.server_names.iter().map(|n| (n.clone(), Some(Arc::clone(&known.tenant)))));
+                self.edits.extend(Edit::take(&known.app, &known.tenant));
+                self.edits.extend(Edit::give(&app, &known.tenant));
             }
         }
         known.app = Arc::clone(&app);
@@ -216,7 +238,7 @@ impl<T: Tenant> Writer<T> {
 
     fn remove(&mut self, name: &AppName) {
         if let Some(known) = self.apps.remove(name) {
-            self.edits.extend(known.app.server_names.iter().map(|n| (n.clone(), None)));
+            self.edits.extend(Edit::take(&known.app, &known.tenant));
             self.version += 1;
             known.tenant.removed();
         }
@@ -245,15 +267,19 @@ impl<T> Shard<T> {
         Self { exact: map(), wildcard: map() }
     }
 
-    fn edit(&mut self, pattern: HostPattern, tenant: Option<Arc<T>>) {
-        let (map, key) = match pattern {
-            HostPattern::Exact(name) => (&mut self.exact, name),
-            HostPattern::Wildcard(zone) => (&mut self.wildcard, zone),
-        };
-        match tenant {
-            Some(tenant) => drop(map.insert(key, tenant)),
-            None => drop(map.remove(&key)),
+    fn edit(&mut self, edit: Edit<T>) {
+        match edit {
+            Edit::Give(HostPattern::Exact(name), tenant) => drop(self.exact.insert(name, tenant)),
+            Edit::Give(HostPattern::Wildcard(zone), tenant) => drop(self.wildcard.insert(zone, tenant)),
+            Edit::Take(HostPattern::Exact(name), tenant) => take(&mut self.exact, &name, &tenant),
+            Edit::Take(HostPattern::Wildcard(zone), tenant) => take(&mut self.wildcard, &zone, &tenant),
         }
+    }
+}
+
+fn take<T>(map: &mut HashMap<Box<str>, Arc<T>, RandomState>, key: &str, from: &Arc<T>) {
+    if map.get(key).is_some_and(|owner| Arc::ptr_eq(owner, from)) {
+        map.remove(key);
     }
 }
 

@@ -122,6 +122,34 @@ fn a_cmdb_that_has_lost_everything_is_not_believed_until_the_operator_says_so() 
 }
 
 #[test]
+fn a_renamed_app_keeps_its_host_over_a_resync() {
+    // As after a restart from the last-known-good file: "zoo" was renamed to "art" meanwhile.
+    let cache = CmCache::<Site>::new();
+    cache.apply(put("zoo", &["www.example.com", "*.example.com"], 1));
+
+    cache.begin_sync();
+    cache.apply(put("art", &["www.example.com", "*.example.com"], 1));
+    cache.apply(Change::Synced);
+
+    assert_eq!(found(&cache, "www.example.com").as_deref(), Some("art"));
+    assert_eq!(found(&cache, "img.example.com").as_deref(), Some("art"));
+}
+
+#[test]
+fn a_host_that_moved_to_another_app_is_found_whichever_app_comes_first() {
+    let cache = CmCache::<Site>::new();
+    cache.apply(put("zoo", &["zoo.example.com", "www.example.com"], 1));
+
+    cache.begin_sync();
+    cache.apply(put("art", &["www.example.com"], 1));
+    cache.apply(put("zoo", &["zoo.example.com"], 1));
+    cache.apply(Change::Synced);
+
+    assert_eq!(found(&cache, "www.example.com").as_deref(), Some("art"));
+    assert_eq!(found(&cache, "zoo.example.com").as_deref(), Some("zoo"));
+}
+
+#[test]
 fn what_was_written_last_is_read_and_anything_else_is_not() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("cmdb.lkg");

@@ -144,3 +144,34 @@ fn a_journal_that_is_in_use_is_refused() {
     let _first = open(&path);
     assert!(matches!(EmbeddedStore::open(&path), Err(StoreError::Unavailable(_))));
 }
+
+#[tokio::test]
+async fn a_journal_that_is_cut_short_or_rotten_is_moved_aside_or_read_and_never_stops_the_launcher() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("cmdb.redb");
+    let store = open(&path);
+    store.put_app(app("blog", "blog.example.com")).await.unwrap();
+    drop(store);
+    let whole = std::fs::read(&path).unwrap();
+
+    for cut in [1, 100, 512, 4096, whole.len() / 2, whole.len() - 1] {
+        std::fs::write(&path, &whole[..cut]).unwrap();
+        tokio::task::spawn_blocking({
+            let path = path.clone();
+            move || drop(open(&path))
+        })
+        .await
+        .unwrap_or_else(|_| panic!("cut to {cut} bytes"));
+    }
+    for at in (0..whole.len()).step_by(whole.len() / 31).chain(0..32) {
+        let mut rotten = whole.clone();
+        rotten[at] ^= 0x55;
+        std::fs::write(&path, rotten).unwrap();
+        tokio::task::spawn_blocking({
+            let path = path.clone();
+            move || drop(open(&path))
+        })
+        .await
+        .unwrap_or_else(|_| panic!("byte {at} rotten"));
+    }
+}

@@ -135,8 +135,11 @@ impl Applier {
         }
         let mut wanted: Vec<_> = loaded.apps;
         wanted.retain(|loaded| held.get(&loaded.app.name).is_none_or(|app| **app != loaded.app));
-        // Twice: a server-name that moves from one app to another is free only after the one has been put.
-        for last_try in [false, true] {
+        // More than once: a server-name that moves from one app to another is free only after the one has been put, and
+        // moves may form a chain. A round that gets no further is the last.
+        let mut last_try = false;
+        while !wanted.is_empty() {
+            let asked = wanted.len();
             let mut puts = JoinSet::new();
             let mut queue = std::mem::take(&mut wanted).into_iter();
             loop {
@@ -162,6 +165,7 @@ impl Applier {
                     Err(error) => return Err(error),
                 }
             }
+            last_try = wanted.len() == asked;
         }
         if applied + removed > 0 {
             tracing::info!(

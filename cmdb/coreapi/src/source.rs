@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    os::fd::AsRawFd as _,
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -71,12 +71,32 @@ impl Source {
     }
 
     /// The folder's path where this user may walk it (so that a folder that was replaced is seen), else the
-    /// descriptor that was opened by root.
+    /// descriptor that was opened by root; but not that of a deleted folder, which reads as one without any app.
     fn way(&self) -> PathBuf {
-        if std::fs::read_dir(&self.path).is_ok() {
+        let deleted = self.folder.metadata().is_ok_and(|folder| folder.nlink() == 0);
+        if deleted || std::fs::read_dir(&self.path).is_ok() {
             self.path.clone()
         } else {
             PathBuf::from(format!("/proc/self/fd/{}", self.folder.as_raw_fd()))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deleted_folder_is_a_fault_and_not_a_folder_without_apps() {
+        let parent = std::env::temp_dir().join(format!("fastcontainer-source-{}", std::process::id()));
+        let conf = parent.join("conf.d");
+        std::fs::create_dir_all(&conf).unwrap();
+        let source = Source::open(&conf).unwrap();
+        assert!(source.load().faults.is_empty());
+
+        std::fs::remove_dir_all(&parent).unwrap();
+
+        let faults = source.load().faults;
+        assert!(faults.iter().any(|fault| fault.file == *source.path()), "{faults:?}");
     }
 }

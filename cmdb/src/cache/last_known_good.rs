@@ -5,6 +5,7 @@
 use std::{
     fs,
     io::{self, Write as _},
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -58,7 +59,9 @@ impl LastKnownGood {
         let body = serde_json::to_vec(apps).map_err(|e| self.io(io::Error::other(e)))?;
         let temporary = self.path.with_extension("new");
         let write = || -> io::Result<()> {
-            let mut file = fs::File::create(&temporary)?;
+            // Environment variables of apps may hold secrets: for the proxy's user only.
+            let mut options = fs::OpenOptions::new();
+            let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
             writeln!(file, "{MAGIC} {SCHEMA} {:016x} {}", fnv1a(&body), body.len())?;
             file.write_all(&body)?;
             file.sync_data()?;

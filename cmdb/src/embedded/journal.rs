@@ -1,6 +1,7 @@
 //! The redb file behind the embedded store, written by a thread of its own.
 
 use std::{
+    panic::catch_unwind,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -81,7 +82,10 @@ impl Journal {
         let durable = Arc::clone(&ceiling);
         let thread = std::thread::Builder::new()
             .name("journal".to_owned())
-            .spawn(move || write(&database, &queue, &durable))
+            .spawn({
+                let path = path.to_owned();
+                move || write(&path, database, &queue, &durable)
+            })
             .map_err(|e| StoreError::Unavailable(format!("the journal's thread cannot be started: {e}")))?;
         let journal =
             Self { jobs: Some(jobs), thread: Some(thread), ceiling, asked: AtomicU64::new(found.ceiling) };
@@ -155,7 +159,15 @@ impl Trouble {
             redb::Error::Corrupted(_) | redb::Error::UpgradeRequired(_) | redb::Error::RepairAborted => {
                 Self::Unreadable(reason)
             }
-            redb::Error::Io(io) if io.kind() == std::io::ErrorKind::InvalidData => Self::Unreadable(reason),
+            // Not redb's at all; or cut short, as by a power failure.
+            redb::Error::Io(io)
+                if matches!(
+                    io.kind(),
+                    std::io::ErrorKind::InvalidData | std::io::ErrorKind::UnexpectedEof
+                ) =>
+            {
+                Self::Unreadable(reason)
+            }
             redb::Error::TableTypeMismatch { .. } | redb::Error::TypeDefinitionChanged { .. } => {
                 Self::Unreadable(reason)
             }
@@ -165,9 +177,15 @@ impl Trouble {
 }
 
 fn open_and_read(path: &Path) -> Result<(Database, Found), Trouble> {
-    let database = Database::create(path).map_err(|e: DatabaseError| Trouble::of(path, &e.into()))?;
-    let found = read(&database).map_err(|e| Trouble::of(path, &e))?;
-    Ok((database, found))
+    // Some damage redb meets with a panic.
+    let opened = catch_unwind(|| {
+        let database = Database::create(path).map_err(|e: DatabaseError| Trouble::of(path, &e.into()))?;
+        let found = read(&database).map_err(|e| Trouble::of(path, &e))?;
+        Ok((database, found))
+    });
+    opened.unwrap_or_else(|_| {
+        Err(Trouble::Unreadable(format!("{}: its structure makes no sense", path.display())))
+    })
 }
 
 fn read(database: &Database) -> Result<Found, redb::Error> {
@@ -207,12 +225,13 @@ fn set_aside(path: &Path) -> Result<PathBuf, StoreError> {
 }
 
 /// Writes what is in the queue, as much of it as there is in one go: hundreds of changes cost about as much as one.
-fn write(database: &Database, queue: &mpsc::Receiver<Job>, durable: &AtomicU64) {
+fn write(path: &Path, database: Database, queue: &mpsc::Receiver<Job>, durable: &AtomicU64) {
+    let mut database = Some(database);
     while let Ok(first) = queue.recv() {
         let mut batch = vec![first];
         batch.extend(queue.try_iter().take(BATCH - 1));
         let mut highest = durable.load(Ordering::Relaxed);
-        let done = commit(database, |transaction| {
+        let done = commit(path, &mut database, |transaction| {
             let mut apps = transaction.open_table(APPS)?;
             let mut numbers = transaction.open_table(NUMBERS)?;
             for job in &batch {
@@ -232,7 +251,7 @@ fn write(database: &Database, queue: &mpsc::Receiver<Job>, durable: &AtomicU64) 
             Err(error) => tracing::error!(%error, "the journal could not be written"),
         }
         for job in batch {
-            let done = done.as_ref().map_err(|e| StoreError::Unavailable(e.to_string())).copied();
+            let done = done.clone().map_err(StoreError::Unavailable);
             match job {
                 Job::Put(_, _, reply) | Job::Remove(_, reply) => drop(reply.send(done)),
                 Job::Ceiling(_, Some(reply)) => drop(reply.send(done)),
@@ -242,21 +261,30 @@ fn write(database: &Database, queue: &mpsc::Receiver<Job>, durable: &AtomicU64) 
     }
 }
 
+/// Commits one change. After an error redb refuses everything until the file is opened anew: so it is, before the next.
 fn commit(
-    database: &Database,
+    path: &Path,
+    database: &mut Option<Database>,
     change: impl FnOnce(&redb::WriteTransaction) -> Result<(), redb::Error>,
-) -> Result<(), StoreError> {
+) -> Result<(), String> {
     let run = || -> Result<(), redb::Error> {
-        let mut transaction = database.begin_write()?;
+        let open = match database {
+            Some(open) => open,
+            None => database.insert(Database::create(path)?),
+        };
+        let mut transaction = open.begin_write()?;
         // redb's one-phase commit trusts a checksum that is no defence against crafted data after a crash.
         transaction.set_two_phase_commit(true);
         change(&transaction)?;
         transaction.commit()?;
         Ok(())
     };
-    run().map_err(|error| match error {
-        redb::Error::Io(io) => StoreError::Unavailable(format!("the journal cannot be written: {io}")),
-        other => StoreError::Unavailable(format!("the journal cannot be written: {other}")),
+    run().map_err(|error| {
+        *database = None;
+        match error {
+            redb::Error::Io(io) => format!("the journal cannot be written: {io}"),
+            other => format!("the journal cannot be written: {other}"),
+        }
     })
 }
 
