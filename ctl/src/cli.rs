@@ -3,7 +3,10 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
-use cmdb::AppName;
+use cmdb::{
+    AppName,
+    units::{Bytes, Millicores},
+};
 use launcher_client::paths::DEFAULT_STATE;
 
 const ABOUT: &str = "\
@@ -78,6 +81,9 @@ pub(crate) enum Command {
     /// Replace all instances of an app, the new one first
     #[command(after_help = RESTART)]
     Restart(Restart),
+    /// Change the limits of a running app at once, in the same processes
+    #[command(after_help = LIMIT)]
+    Limit(Limit),
     /// Explain where the time of one request went
     #[command(after_help = WHY)]
     Why(Why),
@@ -222,6 +228,30 @@ Examples:
 pub(crate) struct Restart {
     /// Which app
     pub(crate) app: AppName,
+}
+
+const LIMIT: &str = "\
+The limits hold for the instances that run and for those that start, until the app's vhost file changes or the launcher is
+started anew: write them into the file to keep them. Not an end of anything: the processes go on.
+
+Examples:
+  sudo fastcontainer limit blog --cpu 60%
+  sudo fastcontainer limit blog --memory 512MiB --pids 200";
+
+/// `limit`
+#[derive(Args, Debug)]
+pub(crate) struct Limit {
+    /// The app's name
+    pub(crate) app: AppName,
+    /// CPU quota: a share of one core (60%) or a number of cores (1.5)
+    #[arg(long)]
+    pub(crate) cpu: Option<Millicores>,
+    /// Memory, such as 512MiB
+    #[arg(long)]
+    pub(crate) memory: Option<Bytes>,
+    /// Processes and threads
+    #[arg(long)]
+    pub(crate) pids: Option<u32>,
 }
 
 const WHY: &str = "\

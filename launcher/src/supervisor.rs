@@ -53,6 +53,8 @@ pub enum Message {
     WatcherCame(u64),
     /// It has gone.
     WatcherGone(u64),
+    /// Other limits, by the operator.
+    Limit(Limits, oneshot::Sender<Result<(), Refusal>>),
     /// The app's configuration has changed.
     Spec(Arc<App>),
     /// The app is not configured any more.
@@ -69,6 +71,17 @@ pub enum Message {
     Timing(Generation, oneshot::Sender<Option<WakeTiming>>),
     /// The launcher ends: end every instance; answered when they are gone.
     Shutdown(oneshot::Sender<()>),
+}
+
+/// Limits that the operator has set; what is `None` stays as it is.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// CPU quota in thousandths of a core.
+    pub cpu: Option<u32>,
+    /// Memory, bytes.
+    pub memory: Option<u64>,
+    /// Processes and threads.
+    pub pids: Option<u32>,
 }
 
 /// An instance that is ready.
@@ -162,6 +175,7 @@ impl Supervisor {
             Message::WatcherGone(watcher) => {
                 self.running.values_mut().for_each(|r| r.watcher_gone(watcher));
             }
+            Message::Limit(limits, reply) => drop(reply.send(self.limit(limits))),
             Message::Spec(app) => self.spec(app).await,
             Message::Removed => {
                 self.removed = true;

@@ -110,6 +110,24 @@ fn a_change_of_limits_reaches_the_running_instance() {
 }
 
 #[test]
+fn the_operator_changes_limits_of_the_running_process() {
+    let blog = Vhost::probe("blog").with("resources", "cpu = \"20%\"");
+    let host = Host::up(&[&blog]);
+    host.get(&blog, "/").expect_status(200);
+    host.wait_for("the quota", || host.ps("blog")[0]["cpu_limit"] == 200);
+    let before = host.ps("blog")[0].clone();
+
+    host.ctl_ok(&["limit", "blog", "--cpu", "60%", "--memory", "96MiB"]);
+
+    let after = host.ps("blog")[0].clone();
+    assert_eq!(after["pid"], before["pid"]);
+    assert_eq!((&after["cpu_limit"], &after["memory_limit"]), (&600.into(), &(96 << 20).into()), "{after}");
+    assert_eq!(host.ctl(&["limit", "blog"]).status.code(), Some(2), "nothing to change");
+    assert_eq!(host.ctl(&["limit", "nobody", "--pids", "9"]).status.code(), Some(4));
+    host.end();
+}
+
+#[test]
 fn a_change_of_what_runs_replaces_the_instance_and_fails_nobody() {
     let blog = Vhost::probe("blog").env("LISTEN_AFTER_MS", 200);
     let host = Host::up(&[&blog]);

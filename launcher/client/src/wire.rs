@@ -142,6 +142,18 @@ pub enum Request {
         /// Which app.
         app: AppName,
     },
+    /// Operator: other limits for an app, at once and in the running processes, until its configuration changes or the launcher
+    /// starts anew. What is `None` stays. → [`Reply::Done`].
+    Limit {
+        /// Which app.
+        app: AppName,
+        /// CPU quota in thousandths of a core.
+        cpu: Option<u32>,
+        /// Memory, bytes.
+        memory: Option<u64>,
+        /// Processes and threads.
+        pids: Option<u32>,
+    },
     /// Everybody: how the start of an instance went. → [`Reply::WakeTiming`].
     WakeTiming {
         /// Which app.
