@@ -1,9 +1,11 @@
-.PHONY: help up test images build lint clean
+.PHONY: help up test bench images build lint clean
 help:   ; @sed -n 's/^## //p' Makefile
 ## make up      install what is missing, build, run FastContainer with conf.d/ (root; LISTEN=host:port)
 up:     ; @scripts/up
 ## make test    install what is missing, lint, build, run every test (root)
 test:   ; @scripts/test
+## make bench   install what is missing, build, measure beside nginx and bare Pingora (root)
+bench:  ; @scripts/bench
 ## make images  build the images of the demonstration and test applications
 images: ; @scripts/images
 ## make build   build the programs for development

@@ -37,8 +37,6 @@ const WATCHER_LAG: usize = 4_096;
 pub struct EmbeddedStore {
     inner: Mutex<Inner>,
     journal: Journal,
-    /// One change of the configuration at a time: memory must follow the journal's order.
-    configuring: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -50,6 +48,11 @@ struct Inner {
     ceiling: u64,
     /// Floor of every generation: the ceiling as it was found.
     floor: u64,
+    /// Numbers the changes of the configuration, in the journal's order.
+    changes: u64,
+    /// The last change of each app that is on its way to the disk: only that one may take effect, for those before it
+    /// are outdated by then.
+    pending: HashMap<AppName, u64>,
 }
 
 #[derive(Clone, Debug)]
@@ -80,7 +83,7 @@ impl EmbeddedStore {
                 }
             }
         }
-        let store = Self { inner: Mutex::new(inner), journal, configuring: tokio::sync::Mutex::default() };
+        let store = Self { inner: Mutex::new(inner), journal };
         // Before the first generation is given out, for nothing above the ceiling may be.
         let ceiling = store.lock().ceiling.max(now_ms()) + CEILING_AHEAD_MS;
         store.journal.raise_ceiling_now(ceiling)?;
@@ -144,20 +147,40 @@ impl Store for EmbeddedStore {
     }
 
     async fn put_app(&self, app: App) -> Result<(), StoreError> {
-        let _one_at_a_time = self.configuring.lock().await;
         let app = Arc::new(app);
-        self.lock().check_names(&app)?;
         let stored = serde_json::to_vec(&*app)
             .map_err(|e| StoreError::Corrupt { app: app.name.to_string(), reason: e.to_string() })?;
-        self.journal.put(app.name.to_string(), stored).await?;
-        self.lock().put(app)
+        let (change, durable) = {
+            let mut inner = self.lock();
+            inner.check_names(&app)?;
+            // Claimed before they are durable, so that of two apps that ask at once one is refused.
+            inner.claim_names(&app);
+            // Sent under the lock: the journal's order is that of the numbers.
+            (inner.number(&app.name), self.journal.put(app.name.to_string(), stored)?)
+        };
+        let written = durable.wait().await;
+        let mut inner = self.lock();
+        match (inner.settle(&app.name, change), written) {
+            (true, Ok(())) => inner.put(app),
+            (true, Err(error)) => {
+                inner.reclaim_names(&app.name);
+                Err(error)
+            }
+            (false, written) => written,
+        }
     }
 
     async fn remove_app(&self, app: &AppName) -> Result<(), StoreError> {
-        let _one_at_a_time = self.configuring.lock().await;
-        self.journal.remove(app.to_string()).await?;
-        self.lock().remove(app);
-        Ok(())
+        let (change, durable) = {
+            let mut inner = self.lock();
+            (inner.number(app), self.journal.remove(app.to_string())?)
+        };
+        let written = durable.wait().await;
+        let mut inner = self.lock();
+        if inner.settle(app, change) && written.is_ok() {
+            inner.remove(app);
+        }
+        written
     }
 
     async fn watch(&self) -> Result<mpsc::Receiver<Change>, StoreError> {
@@ -184,12 +207,43 @@ impl Inner {
         Ok(())
     }
 
-    fn put(&mut self, app: Arc<App>) -> Result<(), StoreError> {
-        self.check_names(&app)?;
-        self.owners.retain(|_, owner| *owner != app.name);
+    fn claim_names(&mut self, app: &App) {
         for name in &app.server_names {
             self.owners.insert(name.clone(), app.name.clone());
         }
+    }
+
+    /// The app has the names of its last good configuration again, and no others.
+    fn reclaim_names(&mut self, app: &AppName) {
+        self.owners.retain(|_, owner| owner != app);
+        if let Some(entry) = self.apps.get(app).cloned() {
+            self.claim_names(&entry.app);
+        }
+    }
+
+    /// The number of a change of the app's configuration that begins now.
+    fn number(&mut self, app: &AppName) -> u64 {
+        self.changes += 1;
+        self.pending.insert(app.clone(), self.changes);
+        self.changes
+    }
+
+    /// Whether that change is still the app's last, now that it has been written.
+    fn settle(&mut self, app: &AppName, change: u64) -> bool {
+        let last = self.pending.get(app) == Some(&change);
+        if last {
+            self.pending.remove(app);
+        }
+        last
+    }
+
+    fn put(&mut self, app: Arc<App>) -> Result<(), StoreError> {
+        self.check_names(&app)?;
+        let known = self.apps.get(&app.name);
+        if known.is_some_and(|known| known.app.server_names != app.server_names) {
+            self.owners.retain(|_, owner| *owner != app.name);
+        }
+        self.claim_names(&app);
         let record = self.apps.get(&app.name).map(|e| Arc::clone(&e.record)).unwrap_or_default();
         let entry = Entry { app: Arc::clone(&app), record };
         self.publish(entry.change());

@@ -53,6 +53,15 @@ pub enum Transition {
         /// A replacement may exceed `max` by one while the old instance still serves.
         replacing: bool,
     },
+    /// An instance that this record does not know runs and listens: its host's launcher has found it after a restart.
+    Adopt {
+        /// Which.
+        generation: Generation,
+        /// Host that runs it.
+        node: String,
+        /// On which port.
+        port: u16,
+    },
     /// The instance listens.
     Ready {
         /// Which.
@@ -144,6 +153,19 @@ impl AppRecord {
                     return Outcome::Full;
                 }
                 self.begin(node, *start_timeout_ms, now_ms)
+            }
+            Transition::Adopt { generation, node, port } => {
+                let instance = Instance {
+                    generation: *generation,
+                    state: State::Ready,
+                    node: node.clone(),
+                    port: *port,
+                    since_ms: now_ms,
+                    deadline_ms: 0,
+                };
+                self.generation = self.generation.max(*generation);
+                self.instances.insert(*generation, instance);
+                Outcome::Done
             }
             Transition::Ready { generation, port } => {
                 let Some(instance) = self.in_state(*generation, &[State::Starting]) else {
@@ -317,7 +339,7 @@ mod tests {
     #[test]
     fn one_death_right_after_listening_is_forgiven_and_a_series_is_a_crash_loop() {
         let mut record = AppRecord::default();
-        let mut die = |record: &mut AppRecord, now| {
+        let die = |record: &mut AppRecord, now| {
             let generation = started(record, now);
             record.apply(&Transition::Ready { generation, port: 80 }, now);
             record.apply(&failed(generation), now + 10);

@@ -3,7 +3,10 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
-use cmdb::AppName;
+use cmdb::{
+    AppName,
+    units::{Bytes, Millicores},
+};
 use launcher_client::paths::DEFAULT_STATE;
 
 const ABOUT: &str = "\
@@ -78,6 +81,9 @@ pub(crate) enum Command {
     /// Replace all instances of an app, the new one first
     #[command(after_help = RESTART)]
     Restart(Restart),
+    /// Change the limits of a running app at once, in the same processes
+    #[command(after_help = LIMIT)]
+    Limit(Limit),
     /// Explain where the time of one request went
     #[command(after_help = WHY)]
     Why(Why),
@@ -106,6 +112,9 @@ pub(crate) struct Up {
     /// Where the CMDB lives: `embedded` in the launcher
     #[arg(long, value_name = "WHERE", default_value = "embedded", value_parser = ["embedded"])]
     pub(crate) cmdb: String,
+    /// Folder from which `[[volume]]` takes its folders; STATE/datapool if that is there
+    #[arg(long, value_name = "DIR")]
+    pub(crate) datapool: Option<PathBuf>,
 }
 
 const CHECK: &str = "\
@@ -221,20 +230,44 @@ pub(crate) struct Restart {
     pub(crate) app: AppName,
 }
 
-const WHY: &str = "\
-A request's id is in the access log (STATE/proxy/access.log) and on error pages. The proxy keeps the last 4096 requests.
-The parts that are printed sum to the whole.
+const LIMIT: &str = "\
+The limits hold for the instances that run and for those that start, until the app's vhost file changes or the launcher is
+started anew: write them into the file to keep them. Not an end of anything: the processes go on.
 
 Examples:
-  tail -1 /var/lib/fastcontainer/proxy/access.log | jq -r .request_id
+  sudo fastcontainer limit blog --cpu 60%
+  sudo fastcontainer limit blog --memory 512MiB --pids 200";
+
+/// `limit`
+#[derive(Args, Debug)]
+pub(crate) struct Limit {
+    /// The app's name
+    pub(crate) app: AppName,
+    /// CPU quota: a share of one core (60%) or a number of cores (1.5)
+    #[arg(long)]
+    pub(crate) cpu: Option<Millicores>,
+    /// Memory, such as 512MiB
+    #[arg(long)]
+    pub(crate) memory: Option<Bytes>,
+    /// Processes and threads
+    #[arg(long)]
+    pub(crate) pids: Option<u32>,
+}
+
+const WHY: &str = "\
+Without an id: the last requests, each with its id. Ids are in the access log (STATE/proxy/access.log) and on error pages
+too. The proxy keeps the last 4096 requests. The parts that are printed for one request sum to the whole.
+
+Examples:
+  sudo fastcontainer why
   sudo fastcontainer why 7e382553a3f048da9951b845
   sudo fastcontainer why 7e382553a3f048da9951b845 --json";
 
 /// `why`
 #[derive(Args, Debug)]
 pub(crate) struct Why {
-    /// The request's id
-    pub(crate) id: String,
+    /// The request's id; without it the last requests are listed
+    pub(crate) id: Option<String>,
 }
 
 #[cfg(test)]

@@ -54,6 +54,22 @@ pub(crate) async fn restart(global: &Global, options: cli::Restart, out: &mut Ou
     done(&options.app, "restarting", "is being replaced, the new instance first", out)
 }
 
+/// `limit`: other limits for the processes that run.
+pub(crate) async fn limit(global: &Global, options: cli::Limit, out: &mut Output) -> Result<(), Failure> {
+    if options.cpu.is_none() && options.memory.is_none() && options.pids.is_none() {
+        return Err(Failure::usage("say what to change: --cpu, --memory or --pids"));
+    }
+    let client = launcher::connect(global).await?;
+    let request = Request::Limit {
+        app: options.app.clone(),
+        cpu: options.cpu.map(|cpu| cpu.0),
+        memory: options.memory.map(|memory| memory.0),
+        pids: options.pids,
+    };
+    client.done(request).await?;
+    done(&options.app, "limited", "has other limits from now on, until its vhost file changes", out)
+}
+
 /// The steps of a start, each with its time; together they are the whole.
 pub(crate) fn steps(timing: &WakeTiming) -> Vec<String> {
     let named: u64 = timing.steps.iter().map(|step| step.us).sum();

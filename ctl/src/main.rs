@@ -51,6 +51,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Wake(options) => control::wake(global, options, &mut out).await?,
         Command::Stop(options) => control::stop(global, options, &mut out).await?,
         Command::Restart(options) => control::restart(global, options, &mut out).await?,
+        Command::Limit(options) => control::limit(global, options, &mut out).await?,
         Command::Why(options) => why::run(global, &options, &mut out).await?,
     }
     out.flush()

@@ -17,14 +17,19 @@ use crate::{
     failure::Failure,
     launcher,
     output::{Output, Style},
-    ps, text,
+    ps,
+    table::{self, Align},
+    text,
 };
 
+/// Requests that are listed.
+const SHOWN: usize = 20;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Runs the command.
 pub(crate) async fn run(global: &Global, options: &cli::Why, out: &mut Output) -> Result<(), Failure> {
-    let request = record(global, &options.id).await?;
+    let Some(id) = &options.id else { return recent(global, out).await };
+    let request = record(global, id).await?;
     // Only a request that waited for a start has one to explain.
     let start =
         if request.hold_us > 0 && request.wake == "cold" { start(global, &request).await } else { None };
@@ -45,19 +50,56 @@ struct Explained<'a> {
     start: Option<&'a WakeTiming>,
 }
 
+/// The last requests, a line each.
+async fn recent(global: &Global, out: &mut Output) -> Result<(), Failure> {
+    let Answer::Recent(requests) = ask(global, &Question::Recent(SHOWN)).await? else {
+        return Err(Failure::failed("the proxy answered something else"));
+    };
+    if out.is_json() {
+        return out.json(&requests);
+    }
+    let titles = [
+        ("CAME AT", Align::Left),
+        ("STATUS", Align::Right),
+        ("TOTAL", Align::Right),
+        ("HELD", Align::Right),
+        ("REQUEST", Align::Left),
+        ("ID", Align::Left),
+    ];
+    let rows: Vec<Vec<String>> = requests.iter().map(row).collect();
+    table::lines(&titles, &rows).iter().try_for_each(|line| out.line(line))
+}
+
+fn row(request: &RequestRecord) -> Vec<String> {
+    let what = format!("{} {}{}", request.method, request.host, request.path);
+    vec![
+        text::local_time(request.at_unix_ms),
+        request.status.to_string(),
+        text::duration_us(request.total_us),
+        text::duration_us(request.hold_us),
+        text::clean(&what).chars().take(60).collect(),
+        text::clean(&request.request_id).into_owned(),
+    ]
+}
+
 async fn record(global: &Global, id: &str) -> Result<RequestRecord, Failure> {
+    match ask(global, &Question::Why(id.to_owned())).await? {
+        Answer::Request(Some(request)) => Ok(*request),
+        Answer::Request(None) => Err(Failure::NotFound(format!(
+            "no request {id:?} is known; the proxy keeps the last 4096 requests, the access log all of them"
+        ))),
+        _ => Err(Failure::failed("the proxy answered something else")),
+    }
+}
+
+async fn ask(global: &Global, question: &Question) -> Result<Answer, Failure> {
     let socket = StateDir::new(&global.state).proxy_socket();
-    let question = Question::Why(id.to_owned());
-    let answer = tokio::time::timeout(PATIENCE, admin::ask(&socket, &question))
+    let answer = tokio::time::timeout(PATIENCE, admin::ask(&socket, question))
         .await
         .map_err(|_| Failure::NotRunning("the proxy did not answer".into()))?;
     match answer {
-        Ok(Answer::Request(Some(request))) => Ok(*request),
-        Ok(Answer::Request(None)) => Err(Failure::NotFound(format!(
-            "no request {id:?} is known; the proxy keeps the last 4096 requests, the access log all of them"
-        ))),
         Ok(Answer::Error(message)) => Err(Failure::failed(format!("the proxy refused: {message}"))),
-        Ok(Answer::Stats(_)) => Err(Failure::failed("the proxy answered something else")),
+        Ok(answer) => Ok(answer),
         Err(PacketError::Io(error)) => Err(Failure::unreachable(&socket, "proxy", &error)),
         Err(PacketError::Closed) => Err(Failure::usage(
             "the proxy closed the connection; only root and the proxy's own user may ask it",
@@ -125,6 +167,14 @@ fn parts(request: &RequestRecord, start: Option<&WakeTiming>) -> Vec<String> {
     if let Some(start) = start {
         lines.push(format!("                    its start took {}:", text::exact_ms(start.total_us)));
         lines.extend(control::steps(start).into_iter().map(|step| format!("                  {step}")));
+        match request.hold_us.checked_sub(start.total_us) {
+            Some(around) => lines.push(format!(
+                "                    around its start {}: asking for it, hearing of it, taking turns",
+                text::exact_ms(around)
+            )),
+            // It came when the start was under way: it waited for the rest of it.
+            None => lines.push("                    (it was under way when the request came)".to_owned()),
+        }
     }
     lines.extend([
         part(request.connect_us, "connect"),
@@ -194,12 +244,25 @@ mod tests {
                 "                    its start took 2.500 ms:",
                 "                    clone                            0.500 ms",
                 "                    app                              2.000 ms",
+                "                    around its start 0.100 ms: asking for it, hearing of it, taking turns",
                 "        0.070 ms  connect",
                 "        0.010 ms  sending the request",
                 "        0.300 ms  the app, until its first byte",
                 "        0.020 ms  the rest of the answer",
                 "        3.100 ms  in all",
             ]
+        );
+    }
+
+    #[test]
+    fn a_request_that_came_during_a_start_is_not_charged_for_all_of_it() {
+        let start = WakeTiming { total_us: 9_000, ..WakeTiming::default() };
+
+        let lines = parts(&cold(), Some(&start));
+
+        assert!(
+            lines.contains(&"                    (it was under way when the request came)".to_owned()),
+            "{lines:?}"
         );
     }
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use cmdb::embedded::EmbeddedStore;
+use cmdb::{AppName, Generation, embedded::EmbeddedStore};
 use launcher_client::paths::StateDir;
 use nix::{
     fcntl::{Flock, FlockArg},
@@ -26,7 +26,9 @@ use crate::{
     cgroup::Cgroups,
     host::{Host, Parts},
     image::ImageStore,
-    keeper::{Keeper, KeeperEvent},
+    instance::Adoption,
+    keeper::{Found, Keeper, KeeperEvent},
+    sandbox::ContainerId,
     supervisor::Message,
 };
 
@@ -67,11 +69,11 @@ pub async fn run(config: Config) -> Result<()> {
         .await
         .context("the spawner cannot be started")?;
     let cgroups = Cgroups::detect(&config.cgroup_parent).context("control groups cannot be used")?;
-    end_leftovers(&spawner.keeper, &spawner.present, &cgroups).await;
-
     let journal = config.state.launcher().join("cmdb.redb");
     let store =
         EmbeddedStore::open(&journal).with_context(|| format!("the CMDB's journal {}", journal.display()))?;
+    let adoptions = sort_leftovers(&spawner.keeper, spawner.present, &store);
+    clear_leftovers(&cgroups, &adoptions).await;
     let host = Arc::new(Host::new(Parts {
         node: node_name(),
         store: Arc::new(store),
@@ -82,6 +84,7 @@ pub async fn run(config: Config) -> Result<()> {
         datapool: open_datapool(config.datapool.as_deref())?,
     }));
     tokio::spawn(route_events(Arc::clone(&host), spawner.events));
+    adopt(&host, adoptions);
 
     let path = config.state.launcher_socket();
     let listener = api::bind(&path, config.gid).context("the launcher's socket")?;
@@ -158,18 +161,67 @@ async fn lock(folder: &Path) -> Result<Flock<fs::File>> {
     }
 }
 
-/// What an earlier daemon left running is ended: it is not adopted yet.
-async fn end_leftovers(keeper: &Keeper, present: &[crate::keeper::Found], cgroups: &Cgroups) {
+/// A container of an earlier daemon that is to live on.
+struct Leftover {
+    id: ContainerId,
+    app: AppName,
+    adoption: Adoption,
+}
+
+/// Tells the containers of an earlier daemon that can be gone on with, running apps that are still configured, from those
+/// that cannot, half-made ones above all; those are ended.
+fn sort_leftovers(keeper: &Keeper, present: Vec<Found>, store: &EmbeddedStore) -> Vec<Leftover> {
+    let mut adoptions = Vec::new();
     for found in present {
-        tracing::info!(app = %found.state.id.app, generation = found.state.id.generation, "ending what an earlier launcher left");
-        keeper.kill(&found.state.id, SIGKILL);
+        let id = found.state.id.clone();
+        match leftover(found, store) {
+            Some(leftover) => adoptions.push(leftover),
+            None => {
+                tracing::info!(app = %id.app, generation = id.generation, "ending what an earlier launcher left");
+                keeper.kill(&id, SIGKILL);
+            }
+        }
     }
-    let sweep = cgroups.sweep().await;
+    adoptions
+}
+
+fn leftover(found: Found, store: &EmbeddedStore) -> Option<Leftover> {
+    let state = found.state;
+    let lives = state.execed && state.exited.is_none() && state.failed.is_none();
+    let app: AppName = state.id.app.parse().ok()?;
+    store.get(&app).filter(|_| lives)?;
+    let adoption = Adoption {
+        pid: state.pid,
+        pidfd: found.pidfd?,
+        port: state.listening?.port,
+        outputs: found.outputs,
+        tag: serde_json::from_str(&state.note).ok()?,
+    };
+    Some(Leftover { id: state.id, app, adoption })
+}
+
+async fn clear_leftovers(cgroups: &Cgroups, adoptions: &[Leftover]) {
+    let wanted: Vec<ContainerId> = adoptions.iter().map(|leftover| leftover.id.clone()).collect();
+    let sweep = cgroups.sweep(&wanted).await;
     if sweep.removed > 0 {
         tracing::info!(cgroups = sweep.removed, "removed what an earlier launcher left");
     }
     for path in sweep.stuck {
         tracing::warn!(path = %path.display(), "a cgroup of an earlier launcher cannot be removed");
+    }
+}
+
+fn adopt(host: &Arc<Host>, adoptions: Vec<Leftover>) {
+    for Leftover { id, app, adoption } in adoptions {
+        let supervisor = match host.supervisor(&app) {
+            Ok(supervisor) if host.claim_ids(&app, adoption.tag.id_base) => supervisor,
+            _ => {
+                tracing::warn!(app = %app, generation = id.generation, "it cannot be gone on with and is ended");
+                host.keeper.kill(&id, SIGKILL);
+                continue;
+            }
+        };
+        let _ = supervisor.send(Message::Adopt(Generation(id.generation), Box::new(adoption)));
     }
 }
 
@@ -199,7 +251,7 @@ async fn end_everything(host: &Arc<Host>) {
         tracing::warn!("some instances did not end in time; they are killed with the spawner");
     }
     host.keeper.shutdown().await;
-    host.cgroups.sweep().await;
+    host.cgroups.sweep(&[]).await;
     if let Err(error) = host.cgroups.remove_parent().await {
         tracing::warn!(%error, "the parent cgroup could not be removed");
     }

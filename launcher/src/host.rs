@@ -181,6 +181,30 @@ impl Host {
         Some(ID_FLOOR + range * ID_RANGE)
     }
 
+    /// The range that begins at `base` is that app's already: an instance of an earlier daemon runs with it. `false`
+    /// when it is none of ours, or another app's.
+    pub fn claim_ids(&self, app: &AppName, base: u32) -> bool {
+        let Some(range) = base.checked_sub(ID_FLOOR).filter(|offset| offset.is_multiple_of(ID_RANGE)) else {
+            return false;
+        };
+        let range = range / ID_RANGE;
+        let mut ids = lock(&self.ids);
+        if let Some(own) = ids.by_app.get(app) {
+            return *own == range;
+        }
+        if range >= ID_RANGES || ids.by_app.values().any(|other| *other == range) {
+            return false;
+        }
+        while ids.next <= range {
+            let skipped = ids.next;
+            ids.free.push(skipped);
+            ids.next += 1;
+        }
+        ids.free.retain(|free| *free != range);
+        ids.by_app.insert(app.clone(), range);
+        true
+    }
+
     /// The app is gone and nothing of it runs: its ids may be another's.
     pub fn free_ids(&self, app: &AppName) {
         let mut ids = lock(&self.ids);

@@ -1,31 +1,28 @@
 //! One instance's life: a task that owns its container, from the image to the removed cgroup.
 
-use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
+mod adoption;
+mod plan;
+
+use std::{sync::Arc, time::Duration};
 
 use cmdb::{App, AppName, Generation, InstanceId};
 use launcher_client::wire::{RefusalCode, Step, WakeTiming};
 use nix::libc::{SIGKILL, SIGTERM};
-use rustix::fs::{Mode, OFlags, ResolveFlags};
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     cgroup::{Group, Limits},
-    clock::unix_us,
     host::{Host, lock},
     image::Lease,
-    keeper::{Created, Exit, KeeperError, KeeperEvent, Listening, monotonic_us},
+    keeper::{Created, Exit, KeeperError, KeeperEvent, Listening},
     network::NetSockets,
     output::{Capture, Output},
     ready,
-    sandbox::{ContainerId, Plan, PlanFds, StepTiming, VolumePlan},
+    sandbox::{ContainerId, PlanFds, StepTiming},
     supervisor::Message,
+    trace::Trace,
 };
-
-/// Descriptors that an app may open; Debian's default for services.
-const NOFILE: u64 = 8192;
-/// `/dev/shm`, as Docker has it.
-const SHM_BYTES: u64 = 64 << 20;
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub use adoption::{Adoption, Tag, fingerprint};
 
 /// What a supervisor may do with an instance.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -112,21 +109,21 @@ struct Made {
     created: Created,
     group: Arc<Group>,
     sockets: NetSockets,
-    timing: WakeTiming,
+    trace: Trace,
     /// As long as this is held, a newer version of the image does not displace the unpacked layers.
     _image: Lease,
+    /// Where it listens already: it is one that an earlier daemon started.
+    listens: Option<u16>,
 }
 
 impl Launch {
     /// Lives the instance's whole life; ends when nothing of it is left.
     pub async fn run(mut self) {
         let container = self.container();
-        let (route, mut events) = mpsc::unbounded_channel();
-        lock(&self.host.routes).insert(container.clone(), route);
+        let mut events = self.route(&container);
         let deadline = Instant::now() + self.app.lifecycle.start_timeout;
         let mut captures = Vec::new();
-
-        let end = match tokio::time::timeout_at(deadline, self.make(&mut captures)).await {
+        let end = match tokio::time::timeout_at(deadline, self.make(&mut captures, &mut events)).await {
             Ok(Ok(made)) => self.live(made, &mut events, deadline).await,
             Ok(Err(end)) => end,
             Err(_) => {
@@ -135,10 +132,34 @@ impl Launch {
                 self.timed_out("was not made")
             }
         };
+        self.over(&container, captures, end).await;
+    }
 
+    /// Lives on the life of an instance that an earlier daemon began.
+    pub async fn adopt(mut self, adoption: Adoption) {
+        let container = self.container();
+        let mut events = self.route(&container);
+        let mut captures = Vec::new();
+        let end = match self.take_over(adoption, &mut captures).await {
+            Ok(made) => self.live(made, &mut events, Instant::now()).await,
+            Err(end) => {
+                self.host.keeper.kill(&container, SIGKILL);
+                end
+            }
+        };
+        self.over(&container, captures, end).await;
+    }
+
+    fn route(&self, container: &ContainerId) -> mpsc::UnboundedReceiver<KeeperEvent> {
+        let (route, events) = mpsc::unbounded_channel();
+        lock(&self.host.routes).insert(container.clone(), route);
+        events
+    }
+
+    async fn over(self, container: &ContainerId, captures: Vec<Capture>, end: End) {
         lock(&self.host.live).remove(&self.id());
-        lock(&self.host.routes).remove(&container);
-        self.remove_group(&container).await;
+        lock(&self.host.routes).remove(container);
+        self.remove_group(container).await;
         for capture in captures {
             capture.finish().await;
         }
@@ -146,12 +167,15 @@ impl Launch {
     }
 
     /// Image, cgroup, pipes, plan, process.
-    async fn make(&self, captures: &mut Vec<Capture>) -> Result<Made, End> {
-        let mut timing = WakeTiming { begun_us: unix_us(), ..WakeTiming::default() };
-        let mut clock = Laps::begin();
+    async fn make(
+        &self,
+        captures: &mut Vec<Capture>,
+        events: &mut mpsc::UnboundedReceiver<KeeperEvent>,
+    ) -> Result<Made, End> {
+        let mut trace = Trace::begin();
 
         let image = self.host.images.resolve(&self.app.container.image).await.map_err(|e| self.cannot(&e))?;
-        clock.lap(&mut timing, "image");
+        trace.lap("image");
 
         let limits = Limits {
             memory: Some(self.app.resources.memory.0),
@@ -160,31 +184,54 @@ impl Launch {
         let container = self.container();
         let group = self.host.cgroups.create(&container, &limits).map_err(|e| self.cannot(&e))?;
         let (cgroup_tasks, cgroup_dir) = group.join_fds().map_err(|e| self.cannot(&e))?;
-        clock.lap(&mut timing, "cgroup");
+        trace.lap("cgroup");
 
         let volumes = self.open_volumes().await?;
-        let (stdout, capture) =
+        let (stdout, spare_out, capture) =
             self.output.capture(self.generation, "stdout").map_err(|e| self.cannot(&e))?;
         captures.push(capture);
-        let (stderr, capture) =
+        let (stderr, spare_err, capture) =
             self.output.capture(self.generation, "stderr").map_err(|e| self.cannot(&e))?;
         captures.push(capture);
-        let plan = self.plan(timing.begun_us)?;
-        let fds = PlanFds { layers: image.fds, volumes, cgroup_tasks, cgroup_dir, stdout, stderr };
+        let plan = self.plan(trace.begun_unix_us(), &image.id)?;
+        let outputs = vec![spare_out, spare_err];
+        let fds = PlanFds { layers: image.fds, volumes, cgroup_tasks, cgroup_dir, stdout, stderr, outputs };
         let created = self.host.keeper.create(plan, fds).await.map_err(|e| self.not_created(&e))?;
-        clock.lap(&mut timing, "clone");
 
         let group = Arc::new(group);
         let pid = created.pid;
         let pidfd = created.pidfd.try_clone().map_err(|e| self.cannot(&e))?;
-        let sockets = self.host.netns.open(pidfd).await.map_err(|e| {
-            self.host.keeper.kill(&container, SIGKILL);
-            self.cannot(&e)
-        })?;
+        let sockets = match self.host.netns.open(pidfd).await {
+            Ok(sockets) => sockets,
+            Err(error) => {
+                self.host.keeper.kill(&container, SIGKILL);
+                return Err(self.why_not(events, &error).await);
+            }
+        };
         let note =
             Note::Created { generation: self.generation, pid, group: Arc::clone(&group), image: image.id };
         self.tell(note);
-        Ok(Made { created, group, sockets, timing, _image: image.lease })
+        Ok(Made { created, group, sockets, trace, _image: image.lease, listens: None })
+    }
+
+    /// A process that ended before its network could be entered has a cause of its own to tell.
+    async fn why_not(
+        &self,
+        events: &mut mpsc::UnboundedReceiver<KeeperEvent>,
+        error: &std::io::Error,
+    ) -> End {
+        let cause = async {
+            while let Some(event) = events.recv().await {
+                match event {
+                    KeeperEvent::Failed { error, .. } => return Some(self.cannot(&error)),
+                    KeeperEvent::Exited { .. } => return None,
+                    _ => {}
+                }
+            }
+            None
+        };
+        let cause = tokio::time::timeout(Duration::from_millis(500), cause).await;
+        cause.ok().flatten().unwrap_or_else(|| self.cannot(error))
     }
 
     /// From the process's birth to its end.
@@ -195,10 +242,12 @@ impl Launch {
         start_deadline: Instant,
     ) -> End {
         let container = self.container();
-        let mut execed_us = made.created.at_us;
-        let mut timing = made.timing.clone();
+        let mut trace = made.trace.clone();
         let mut failure: Option<End> = None;
-        let mut listens = false;
+        let mut listens = made.listens.is_some();
+        if let Some(port) = made.listens {
+            self.publish(&made, port, trace.unknown());
+        }
         let mut kill_at: Option<Instant> = None;
         let mut probe: Option<tokio::task::JoinHandle<std::io::Result<ready::Ready>>> = None;
         loop {
@@ -206,8 +255,7 @@ impl Launch {
             tokio::select! {
                 event = events.recv() => match event {
                     Some(KeeperEvent::Execed { timings, notify, at_us, .. }) => {
-                        timing.steps.extend(timings.into_iter().map(step));
-                        execed_us = at_us;
+                        trace.execed(timings.into_iter().map(step), at_us);
                         if !notify && let Some(port) = self.app.container.port {
                             let sockets = made.sockets.clone();
                             probe = Some(tokio::spawn(async move { ready::probe(&sockets, port).await }));
@@ -225,7 +273,7 @@ impl Launch {
                             self.host.keeper.kill(&container, SIGKILL);
                         } else {
                             listens = true;
-                            self.ready(&made, &mut timing, listening.port, execed_us, listening.at_us);
+                            self.publish(&made, listening.port, trace.ready(listening.at_us));
                         }
                     }
                     Some(KeeperEvent::Exited { exit, .. }) => {
@@ -240,7 +288,7 @@ impl Launch {
                     match (found, self.app.container.port) {
                         (Ok(found), Some(port)) => {
                             listens = true;
-                            self.ready(&made, &mut timing, port, execed_us, found.at_us);
+                            self.publish(&made, port, trace.ready(found.at_us));
                         }
                         (Err(error), _) => {
                             failure = Some(self.failed(&format!("could not be probed: {error}")));
@@ -272,9 +320,7 @@ impl Launch {
         }
     }
 
-    fn ready(&self, made: &Made, timing: &mut WakeTiming, port: u16, execed_us: u64, at_us: u64) {
-        timing.steps.push(Step { name: "app".into(), us: at_us.saturating_sub(execed_us) });
-        timing.total_us = unix_us().saturating_sub(timing.begun_us);
+    fn publish(&self, made: &Made, port: u16, timing: WakeTiming) {
         let live = Arc::new(Live {
             id: self.id(),
             pid: made.created.pid,
@@ -283,71 +329,7 @@ impl Launch {
             port,
         });
         lock(&self.host.live).insert(self.id(), Arc::clone(&live));
-        self.tell(Note::Listens { live, timing: timing.clone() });
-    }
-
-    fn plan(&self, begun_us: u64) -> Result<Plan, End> {
-        let container = &self.app.container;
-        let Some(id_base) = self.host.id_base(&self.app.name) else {
-            return Err(self.failed("could not be started: no range of user ids is left on this host"));
-        };
-        let mut env = container.env.clone();
-        let mut default = |name: &str, value: String| {
-            env.entry(name.to_owned()).or_insert(value);
-        };
-        default("PATH", DEFAULT_PATH.into());
-        default("HOME", "/".into());
-        default("HOSTNAME", self.app.name.to_string());
-        if let Some(port) = container.port {
-            default("PORT", port.to_string());
-        }
-        default("FC_APP", self.app.name.to_string());
-        default("FC_GENERATION", self.generation.to_string());
-        default("FC_WAKE_STARTED_NS", (begun_us * 1000).to_string());
-        let volumes = self.app.volumes.iter();
-        Ok(Plan {
-            id: self.container(),
-            hostname: self.app.name.to_string(),
-            argv: container.command.clone(),
-            env: env.into_iter().map(|(name, value)| format!("{name}={value}")).collect(),
-            workdir: container.workdir.clone(),
-            user: container.user.clone(),
-            port: container.port,
-            id_base,
-            upper_bytes: self.app.resources.disk.0,
-            shm_bytes: SHM_BYTES,
-            nofile: NOFILE,
-            volumes: volumes
-                .map(|v| VolumePlan { target: v.target.clone(), read_only: v.read_only })
-                .collect(),
-            staging: self.host.staging.to_string_lossy().into_owned(),
-        })
-    }
-
-    /// Opens the app's volumes beneath the DataPool. In a blocking thread: a network file system may hang.
-    async fn open_volumes(&self) -> Result<Vec<OwnedFd>, End> {
-        if self.app.volumes.is_empty() {
-            return Ok(Vec::new());
-        }
-        let Some(pool) = &self.host.datapool else {
-            return Err(self
-                .failed("has volumes, but this host has no DataPool (start the launcher with --datapool)"));
-        };
-        let pool = pool.try_clone().map_err(|e| self.cannot(&e))?;
-        let sources: Vec<String> = self.app.volumes.iter().map(|v| v.source.clone()).collect();
-        let opened = tokio::task::spawn_blocking(move || {
-            sources
-                .iter()
-                .map(|source| open_beneath(&pool, source).map_err(|e| (source.clone(), e)))
-                .collect()
-        });
-        let opened: Result<Vec<OwnedFd>, (String, std::io::Error)> =
-            opened.await.map_err(|e| self.cannot(&e))?;
-        opened.map_err(|(source, error)| {
-            self.failed(&format!(
-                "could not be started: volume \"{source}\" cannot be opened beneath the DataPool: {error}"
-            ))
-        })
+        self.tell(Note::Listens { live, timing });
     }
 
     async fn remove_group(&self, container: &ContainerId) {
@@ -418,21 +400,6 @@ impl Launch {
     }
 }
 
-/// Times the parts of a start.
-struct Laps(u64);
-
-impl Laps {
-    fn begin() -> Self {
-        Self(monotonic_us())
-    }
-
-    fn lap(&mut self, timing: &mut WakeTiming, name: &str) {
-        let now = monotonic_us();
-        timing.steps.push(Step { name: name.to_owned(), us: now.saturating_sub(self.0) });
-        self.0 = now;
-    }
-}
-
 fn step(timing: StepTiming) -> Step {
     Step { name: timing.step, us: timing.us }
 }
@@ -448,12 +415,6 @@ fn handles_sigterm(pid: i32) -> bool {
     caught
         .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
         .is_none_or(|mask| mask & (1 << (SIGTERM - 1)) != 0)
-}
-
-fn open_beneath(pool: &OwnedFd, source: &str) -> std::io::Result<OwnedFd> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
-    Ok(rustix::fs::openat2(pool, source, flags, Mode::empty(), resolve)?)
 }
 
 async fn sleep_until(deadline: Option<Instant>) {

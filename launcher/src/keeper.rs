@@ -46,6 +46,8 @@ pub struct Found {
     pub state: Present,
     /// Its first process; `None` when it has ended (then [`Present::exited`] says how).
     pub pidfd: Option<OwnedFd>,
+    /// The read ends of its standard output and error.
+    pub outputs: Vec<OwnedFd>,
 }
 
 /// A container that has just been made: its process and namespaces exist, its program does not run yet.

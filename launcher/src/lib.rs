@@ -17,3 +17,4 @@ pub mod ready;
 pub mod sandbox;
 pub mod spawner;
 pub mod supervisor;
+mod trace;

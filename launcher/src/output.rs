@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd as _, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -38,7 +38,8 @@ struct Ring {
 }
 
 impl Output {
-    /// Makes a pipe whose write end is for the app; what comes out of it is kept until the last writer is gone.
+    /// Makes a pipe whose write end is for the app; what comes out of it is kept until the last writer is gone. Returned
+    /// with it is a second read end, for whoever is to keep the pipe alive when this daemon dies.
     ///
     /// # Errors
     /// No pipe could be made (descriptors used up).
@@ -46,10 +47,25 @@ impl Output {
         self: &Arc<Self>,
         generation: Generation,
         stream: &'static str,
-    ) -> io::Result<(OwnedFd, Capture)> {
+    ) -> io::Result<(OwnedFd, OwnedFd, Capture)> {
         let (write, read) = pipe::pipe()?;
+        let spare = read.as_fd().try_clone_to_owned()?;
         let task = tokio::spawn(read_lines(Arc::clone(self), read, generation, stream));
-        Ok((write.into_blocking_fd()?, Capture(task)))
+        Ok((write.into_blocking_fd()?, spare, Capture(task)))
+    }
+
+    /// Reads on where an earlier daemon has stopped.
+    ///
+    /// # Errors
+    /// `read` is no pipe.
+    pub fn resume(
+        self: &Arc<Self>,
+        generation: Generation,
+        stream: &'static str,
+        read: OwnedFd,
+    ) -> io::Result<Capture> {
+        let read = pipe::Receiver::from_owned_fd(read)?;
+        Ok(Capture(tokio::spawn(read_lines(Arc::clone(self), read, generation, stream))))
     }
 
     /// The last `count` lines, oldest first.
@@ -136,7 +152,7 @@ mod tests {
     #[tokio::test]
     async fn last_words_are_kept_even_without_an_end_of_line() {
         let output = Arc::new(Output::default());
-        let (write, capture) = output.capture(Generation(7), "stderr").unwrap();
+        let (write, _spare, capture) = output.capture(Generation(7), "stderr").unwrap();
 
         let mut app = std::fs::File::from(write);
         app.write_all(b"starting\nmissing database").unwrap();

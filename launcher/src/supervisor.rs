@@ -3,7 +3,9 @@
 //! It asks the CMDB's state machine before it acts, so what it does is what every reader of the CMDB sees. Nothing in
 //! here waits for a container: each instance has a task of its own ([`crate::instance`]) that reports back.
 
+mod adopt;
 mod duties;
+mod rest;
 mod running;
 mod status;
 
@@ -19,7 +21,7 @@ use tokio::{
 use crate::{
     clock::unix_ms,
     host::Host,
-    instance::{Launch, Live, Note, name},
+    instance::{Adoption, Launch, Live, Note, name},
     output::Output,
 };
 use running::{Running, Stage};
@@ -33,6 +35,8 @@ const TIMINGS_KEPT: usize = 16;
 pub enum Message {
     /// Have an instance ready.
     Wake(oneshot::Sender<Result<Awake, Refusal>>),
+    /// An instance of an earlier daemon runs: go on with it.
+    Adopt(Generation, Box<Adoption>),
     /// From an instance's task.
     Note(Note),
     /// A proxy saw the instance's first response byte.
@@ -49,6 +53,8 @@ pub enum Message {
     WatcherCame(u64),
     /// It has gone.
     WatcherGone(u64),
+    /// Other limits, by the operator.
+    Limit(Limits, oneshot::Sender<Result<(), Refusal>>),
     /// The app's configuration has changed.
     Spec(Arc<App>),
     /// The app is not configured any more.
@@ -65,6 +71,17 @@ pub enum Message {
     Timing(Generation, oneshot::Sender<Option<WakeTiming>>),
     /// The launcher ends: end every instance; answered when they are gone.
     Shutdown(oneshot::Sender<()>),
+}
+
+/// Limits that the operator has set; what is `None` stays as it is.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// CPU quota in thousandths of a core.
+    pub cpu: Option<u32>,
+    /// Memory, bytes.
+    pub memory: Option<u64>,
+    /// Processes and threads.
+    pub pids: Option<u32>,
 }
 
 /// An instance that is ready.
@@ -141,6 +158,7 @@ impl Supervisor {
     async fn handle(&mut self, message: Message) {
         match message {
             Message::Wake(reply) => self.wake(reply).await,
+            Message::Adopt(generation, adoption) => self.adopt(generation, *adoption).await,
             Message::Note(note) => self.note(note).await,
             Message::FirstByte(generation) => self.first_byte(generation),
             Message::Report(watcher, activity) => self.report(watcher, &activity),
@@ -157,6 +175,7 @@ impl Supervisor {
             Message::WatcherGone(watcher) => {
                 self.running.values_mut().for_each(|r| r.watcher_gone(watcher));
             }
+            Message::Limit(limits, reply) => drop(reply.send(self.limit(limits))),
             Message::Spec(app) => self.spec(app).await,
             Message::Removed => {
                 self.removed = true;
@@ -166,6 +185,8 @@ impl Supervisor {
             Message::Stop(reply) => {
                 self.stoppers.push(reply);
                 self.drain_all("stopped by the operator").await;
+                // Whoever still waits asks again, and so begins another start; who has left does not.
+                self.refuse_wakers(&Refusal::new(RefusalCode::Busy, "stopped by the operator"));
                 self.answer_stoppers();
             }
             Message::Restart => self.replace_all("restarted by the operator"),
@@ -194,12 +215,8 @@ impl Supervisor {
         for _ in 0..2 {
             let transition = Transition::Wake { node: self.host.node.clone(), start_timeout_ms };
             match self.apply(transition).await {
-                Ok(Outcome::Ready(generation)) => match self.running.get(&generation).and_then(Running::live)
-                {
-                    Some((live, timing)) => {
-                        let timing = WakeTiming { warm: true, ..timing };
-                        return drop(reply.send(Ok(Awake { live, timing })));
-                    }
+                Ok(Outcome::Ready(generation)) => match self.awake(generation).await {
+                    Some(awake) => return drop(reply.send(Ok(awake))),
                     None => drop(self.apply(Transition::Gone { generation }).await),
                 },
                 Ok(Outcome::Join(generation)) if self.running.contains_key(&generation) => {
@@ -231,17 +248,21 @@ impl Supervisor {
             generation,
             format!("{} is being started: {cause}", name(&self.app.name, generation)),
         );
+        tokio::spawn(self.admit(generation, replaces).run());
+    }
+
+    /// Makes room for an instance; what it lives by.
+    fn admit(&mut self, generation: Generation, replaces: Option<Generation>) -> Launch {
         let (control, inbox) = mpsc::unbounded_channel();
         self.running.insert(generation, Running::starting(control, Arc::clone(&self.app), replaces));
-        let launch = Launch {
+        Launch {
             host: Arc::clone(&self.host),
             app: Arc::clone(&self.app),
             generation,
             output: Arc::clone(&self.output),
             supervisor: self.own.clone(),
             control: inbox,
-        };
-        tokio::spawn(launch.run());
+        }
     }
 
     async fn note(&mut self, note: Note) {
@@ -259,6 +280,9 @@ impl Supervisor {
     async fn listens(&mut self, live: Arc<Live>, timing: WakeTiming) {
         let generation = live.id.generation;
         let Some(running) = self.running.get_mut(&generation) else { return };
+        if running.is_adopted() {
+            return self.adopted(live, timing);
+        }
         let replaces = running.replaces;
         // One that is draining already (the operator stopped the app while it started) must not come to serve.
         if !matches!(running.stage, Stage::Starting) {

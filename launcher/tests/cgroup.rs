@@ -149,7 +149,7 @@ async fn a_fresh_start_sweeps_what_an_earlier_life_left() {
     let now = Cgroups::detect(&name).unwrap();
     assert_eq!(now.leftovers(), ["half.7", "left.7"]);
     let reaper = std::thread::spawn(move || child.wait().unwrap());
-    let swept = now.sweep().await;
+    let swept = now.sweep(&[]).await;
     reaper.join().unwrap();
 
     assert!(swept.removed >= 1 && swept.stuck.is_empty(), "{swept:?}");

@@ -10,7 +10,7 @@ use std::{
 
 use async_trait::async_trait;
 use launcher_client::{
-    admin::{Answer, InstanceStats, Question, Stats},
+    admin::{Answer, InstanceStats, MOST_RECENT, Question, Stats},
     packet::{self, PacketError},
 };
 use pingora::{server::ShutdownWatch, services::background::BackgroundService};
@@ -120,6 +120,11 @@ async fn answer(house: &House, question: Question) -> Answer {
                 request = house.telemetry.why(&request_id);
             }
             Answer::Request(request.map(Box::new))
+        }
+        Question::Recent(count) => {
+            // As above.
+            sleep(Duration::from_millis(120)).await;
+            Answer::Recent(house.telemetry.last(count.min(MOST_RECENT)))
         }
         Question::Stats {} => Answer::Stats(stats(house)),
     }

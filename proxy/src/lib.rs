@@ -90,6 +90,8 @@ impl FastContainer {
             graceful_shutdown_timeout_seconds: Some(1),
             // Attempts are bounded by the app's hold timeout and a growing pause (`hold::pause`); this is only the last stop.
             max_retries: 32,
+            // A connection stays on its thread: moving tasks between two busy threads costs more than it evens out.
+            work_stealing: false,
             upstream_keepalive_pool_size: 1024,
             ..ServerConf::default()
         }

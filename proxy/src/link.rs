@@ -194,8 +194,12 @@ async fn wake(app: Arc<AppRuntime>, mut line: Line) {
                 }
             }
             Err(ClientError::Refused(refusal)) => {
-                // The launcher may learn of a new app a moment after this proxy did, or have begun to end an instance.
-                let race = matches!(refusal.code, RefusalCode::UnknownApp | RefusalCode::UnknownInstance);
+                // The launcher may learn of a new app a moment after this proxy did, or have begun to end an instance,
+                // or itself.
+                let race = matches!(
+                    refusal.code,
+                    RefusalCode::UnknownApp | RefusalCode::UnknownInstance | RefusalCode::Busy
+                );
                 // Nobody is sent away for a moment that is over before they could come back.
                 let moment = refusal.retry_after_ms.filter(|ms| *ms <= SHORT_BACKOFF_MS);
                 if let (RefusalCode::Backoff, Some(ms)) = (refusal.code, moment) {

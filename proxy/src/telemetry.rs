@@ -153,6 +153,13 @@ impl Telemetry {
         self.recent().iter().rev().find(|record| record.request_id == request_id).cloned()
     }
 
+    /// The last requests, oldest first.
+    #[must_use]
+    pub fn last(&self, count: usize) -> Vec<RequestRecord> {
+        let recent = self.recent();
+        recent.range(recent.len().saturating_sub(count)..).cloned().collect()
+    }
+
     /// Requests, and those of them that were not logged.
     #[must_use]
     pub fn counts(&self) -> (u64, u64) {

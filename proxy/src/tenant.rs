@@ -421,7 +421,13 @@ impl AppRuntime {
     }
 
     fn upstream(&self, generation: Generation, port: u16, fitness: Fitness) -> Upstream {
-        Upstream::new(&self.name, generation, port, fitness, &self.house.config, self.house.commands.clone())
+        let commands = self.house.commands.clone();
+        let mut upstream = Upstream::new(&self.name, generation, port, fitness, &self.house.config, commands);
+        if !self.house.informed.load(SeqCst) {
+            // What the first sync brings was there before this proxy.
+            upstream.known = self.house.begun;
+        }
+        upstream
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {

@@ -6,7 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use cmdb::{AppName, Generation};
@@ -49,6 +49,8 @@ pub struct Upstream {
     pub app: AppName,
     /// Its generation.
     pub generation: Generation,
+    /// Since when this proxy knows it.
+    pub known: Instant,
     /// First-byte times.
     pub window: Window,
     /// Requests since the last report.
@@ -99,6 +101,7 @@ impl Upstream {
         Self {
             app: app.clone(),
             generation,
+            known: Instant::now(),
             window: Window::default(),
             requests: AtomicU32::new(0),
             first_byte_sum_us: AtomicU64::new(0),
@@ -180,8 +183,13 @@ impl Upstream {
     /// Gives a place back.
     pub fn leave(&self) {
         let left = self.in_flight.fetch_sub(1, SeqCst) - 1;
-        if left == 0 && matches!(self.fitness(), Fitness::Draining | Fitness::Gone) {
-            self.quiesce();
+        if left > 0 {
+            return;
+        }
+        match self.fitness() {
+            Fitness::Draining | Fitness::Gone => self.quiesce(),
+            Fitness::Frozen => self.tell_quiesced(),
+            Fitness::Ready | Fitness::Suspect => {}
         }
     }
 
@@ -204,9 +212,12 @@ impl Upstream {
         changed
     }
 
-    /// The freezer has it.
+    /// The freezer is to have it: no new requests until it is woken. Tells the launcher when none is left, for a request must not be
+    /// frozen with its instance.
     pub fn freeze(&self) {
-        self.swap_from_ready(Fitness::Frozen);
+        if self.swap_from_ready(Fitness::Frozen) && self.in_flight() == 0 {
+            self.tell_quiesced();
+        }
     }
 
     /// No new requests. Tells the launcher when none is left.
@@ -225,9 +236,16 @@ impl Upstream {
 
     /// Tells a launcher that has not heard it yet.
     pub fn repeat_quiesced(&self) {
-        if self.fitness() == Fitness::Draining && self.in_flight() == 0 {
-            self.quiesced.store(false, SeqCst);
-            self.quiesce();
+        if self.in_flight() > 0 {
+            return;
+        }
+        match self.fitness() {
+            Fitness::Draining => {
+                self.quiesced.store(false, SeqCst);
+                self.quiesce();
+            }
+            Fitness::Frozen => self.tell_quiesced(),
+            _ => {}
         }
     }
 
@@ -263,12 +281,16 @@ impl Upstream {
         self.fitness.compare_exchange(Fitness::Ready as u8, to as u8, SeqCst, SeqCst).is_ok()
     }
 
+    fn tell_quiesced(&self) {
+        let (app, generation) = (self.app.clone(), self.generation);
+        let _ = self.commands.send(Command::Quiesced { app, generation });
+    }
+
     fn quiesce(&self) {
         if self.fitness() == Fitness::Draining && !self.quiesced.swap(true, SeqCst) {
             // Spare sockets would keep the instance's network namespace alive.
             self.stock.close();
-            let (app, generation) = (self.app.clone(), self.generation);
-            let _ = self.commands.send(Command::Quiesced { app, generation });
+            self.tell_quiesced();
         }
     }
 }

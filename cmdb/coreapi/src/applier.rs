@@ -14,6 +14,7 @@ use launcher_client::{Client, ClientError, paths::StateDir, wire::Request};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::Notify,
+    task::JoinSet,
     time::{sleep, timeout},
 };
 
@@ -23,6 +24,8 @@ use crate::source::Source;
 const QUIET: Duration = Duration::from_millis(50);
 /// But no longer than this.
 const QUIET_AT_MOST: Duration = Duration::from_millis(500);
+/// Apps that are put at a time: the CMDB writes them to the disk together.
+const AT_ONCE: usize = 256;
 /// The folder is read this often even when nothing tells of a change.
 const RESCAN: Duration = Duration::from_secs(30);
 const RECONNECT_FIRST: Duration = Duration::from_millis(50);
@@ -134,8 +137,19 @@ impl Applier {
         wanted.retain(|loaded| held.get(&loaded.app.name).is_none_or(|app| **app != loaded.app));
         // Twice: a server-name that moves from one app to another is free only after the one has been put.
         for last_try in [false, true] {
-            for loaded in std::mem::take(&mut wanted) {
-                match client.put_app(loaded.app.clone()).await {
+            let mut puts = JoinSet::new();
+            let mut queue = std::mem::take(&mut wanted).into_iter();
+            loop {
+                while puts.len() < AT_ONCE
+                    && let Some(loaded) = queue.next()
+                {
+                    let client = client.clone();
+                    puts.spawn(async move { (client.put_app(loaded.app.clone()).await, loaded) });
+                }
+                let Some(put) = puts.join_next().await else { break };
+                // A task of ours does not panic, and nobody aborts it.
+                let Ok((outcome, loaded)) = put else { continue };
+                match outcome {
                     Ok(()) => {
                         held.insert(loaded.app.name.clone(), Arc::new(loaded.app));
                         applied += 1;

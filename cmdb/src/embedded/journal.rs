@@ -38,6 +38,19 @@ pub(super) struct Journal {
     asked: AtomicU64,
 }
 
+/// A change that is on its way to the disk.
+#[must_use]
+pub(super) struct Durable(oneshot::Receiver<Result<(), StoreError>>);
+
+impl Durable {
+    pub(super) async fn wait(self) -> Result<(), StoreError> {
+        self.0.await.unwrap_or_else(|_| Err(ended()))
+    }
+}
+
+/// Most changes that are written in one go.
+const BATCH: usize = 512;
+
 enum Job {
     Put(String, Vec<u8>, oneshot::Sender<Result<(), StoreError>>),
     Remove(String, oneshot::Sender<Result<(), StoreError>>),
@@ -75,16 +88,18 @@ impl Journal {
         Ok((journal, found))
     }
 
-    pub(super) async fn put(&self, name: String, stored: Vec<u8>) -> Result<(), StoreError> {
+    /// Puts an app into the queue; it is durable when what is returned says so.
+    pub(super) fn put(&self, name: String, stored: Vec<u8>) -> Result<Durable, StoreError> {
         let (reply, done) = oneshot::channel();
         self.send(Job::Put(name, stored, reply))?;
-        done.await.unwrap_or_else(|_| Err(ended()))
+        Ok(Durable(done))
     }
 
-    pub(super) async fn remove(&self, name: String) -> Result<(), StoreError> {
+    /// The same for a removal.
+    pub(super) fn remove(&self, name: String) -> Result<Durable, StoreError> {
         let (reply, done) = oneshot::channel();
         self.send(Job::Remove(name, reply))?;
-        done.await.unwrap_or_else(|_| Err(ended()))
+        Ok(Durable(done))
     }
 
     /// The ceiling that is durable.
@@ -191,36 +206,37 @@ fn set_aside(path: &Path) -> Result<PathBuf, StoreError> {
     }
 }
 
+/// Writes what is in the queue, as much of it as there is in one go: hundreds of changes cost about as much as one.
 fn write(database: &Database, queue: &mpsc::Receiver<Job>, durable: &AtomicU64) {
-    while let Ok(job) = queue.recv() {
-        match job {
-            Job::Put(name, stored, reply) => {
-                let done = commit(database, |t| {
-                    t.open_table(APPS)?.insert(name.as_str(), stored.as_slice())?;
-                    Ok(())
-                });
-                let _ = reply.send(done);
-            }
-            Job::Remove(name, reply) => {
-                let done = commit(database, |t| {
-                    t.open_table(APPS)?.remove(name.as_str())?;
-                    Ok(())
-                });
-                let _ = reply.send(done);
-            }
-            Job::Ceiling(ceiling, reply) => {
-                let ceiling = ceiling.max(durable.load(Ordering::Relaxed));
-                let done = commit(database, |t| {
-                    t.open_table(NUMBERS)?.insert(CEILING, ceiling)?;
-                    Ok(())
-                });
-                match &done {
-                    Ok(()) => durable.store(ceiling, Ordering::Release),
-                    Err(error) => tracing::error!(%error, "the generation ceiling could not be written"),
+    while let Ok(first) = queue.recv() {
+        let mut batch = vec![first];
+        batch.extend(queue.try_iter().take(BATCH - 1));
+        let mut highest = durable.load(Ordering::Relaxed);
+        let done = commit(database, |transaction| {
+            let mut apps = transaction.open_table(APPS)?;
+            let mut numbers = transaction.open_table(NUMBERS)?;
+            for job in &batch {
+                match job {
+                    Job::Put(name, stored, _) => drop(apps.insert(name.as_str(), stored.as_slice())?),
+                    Job::Remove(name, _) => drop(apps.remove(name.as_str())?),
+                    Job::Ceiling(ceiling, _) => {
+                        highest = highest.max(*ceiling);
+                        numbers.insert(CEILING, highest)?;
+                    }
                 }
-                if let Some(reply) = reply {
-                    let _ = reply.send(done);
-                }
+            }
+            Ok(())
+        });
+        match &done {
+            Ok(()) => durable.store(highest, Ordering::Release),
+            Err(error) => tracing::error!(%error, "the journal could not be written"),
+        }
+        for job in batch {
+            let done = done.as_ref().map_err(|e| StoreError::Unavailable(e.to_string())).copied();
+            match job {
+                Job::Put(_, _, reply) | Job::Remove(_, reply) => drop(reply.send(done)),
+                Job::Ceiling(_, Some(reply)) => drop(reply.send(done)),
+                Job::Ceiling(_, None) => {}
             }
         }
     }

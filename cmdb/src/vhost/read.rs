@@ -55,8 +55,9 @@ pub(super) fn file(path: &Path, bytes: &[u8], base: &Path) -> Result<(App, Vec<N
     let read = read(&mut reader, &root, base);
     let mut faults = reader.faults;
     if broken {
-        // Of text that could not be read whole, "missing" says nothing.
-        faults.retain(|fault| !fault.message.contains("missing") && !fault.message.contains("has no \""));
+        // Of text that could not be read whole, what is not there says nothing.
+        let of_absence = ["missing", "has no \"", "is empty", "names no"];
+        faults.retain(|fault| !of_absence.iter().any(|absent| fault.message.contains(absent)));
     }
     match (name, read) {
         (Some(name), Some((app, names))) if faults.is_empty() => Ok((App { name, ..app }, names)),

@@ -157,7 +157,7 @@ pub(super) const KEYS: &[Key] = &[
         "a duration or \"never\"",
         "\"never\"",
         "\"30s\"",
-        "Idle time after which the instance is frozen. (Read and kept; freezing itself is still to come.)",
+        "Idle time after which the instance is frozen: it keeps its memory and uses no CPU, and the next request thaws it in well under a millisecond. Shorter than `idle-timeout` to be of use.",
     ),
     key(
         "lifecycle",

@@ -22,6 +22,23 @@ pub(crate) fn make(state: &Path) -> Result<PathBuf, Failure> {
     Ok(root)
 }
 
+/// The DataPool, if there is one: a chosen folder must be there, the state folder's own need not.
+pub(crate) fn datapool(root: &Path, chosen: Option<&Path>) -> Result<Option<PathBuf>, Failure> {
+    let own = root.join("datapool");
+    let path = chosen.unwrap_or(&own);
+    let found = fs::canonicalize(path).and_then(|found| match found.is_dir() {
+        true => Ok(found),
+        false => Err(io::ErrorKind::NotADirectory.into()),
+    });
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if chosen.is_none() && error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => {
+            Err(Failure::failed(format!("the DataPool {} cannot be used: {error}", path.display())))
+        }
+    }
+}
+
 fn make_dir(path: &Path, mode: u32, owner: Option<(u32, u32)>) -> Result<(), Failure> {
     let made = fs::create_dir_all(path)
         .and_then(|()| fs::set_permissions(path, Permissions::from_mode(mode)))
@@ -33,17 +50,24 @@ fn fault(path: &Path, error: &io::Error) -> Failure {
     Failure::failed(format!("the state folder {} cannot be made: {error}", path.display()))
 }
 
+/// How long an `up` that was just asked to end may take to say so in its lock.
+const HESITATION: Duration = Duration::from_millis(500);
+/// What the lock says after the pid once its holder ends.
+const ENDING: &str = "ending";
+
 /// The lock of a state folder; the file goes with it.
 #[derive(Debug)]
 pub(crate) struct Lock {
     path: PathBuf,
-    _file: File,
+    file: File,
 }
 
 impl Lock {
-    /// Takes the lock and writes our pid into it.
-    pub(crate) fn take(root: &Path) -> Result<Self, Failure> {
+    /// Takes the lock and writes our pid into it; waits up to `patience` for a holder that is ending.
+    pub(crate) async fn take(root: &Path, patience: Duration) -> Result<Self, Failure> {
         let path = root.join("lock");
+        let begun = tokio::time::Instant::now();
+        let mut told = false;
         loop {
             let failed = |error: io::Error| Failure::failed(format!("{}: {error}", path.display()));
             let mut options = OpenOptions::new();
@@ -52,11 +76,24 @@ impl Lock {
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
-                    return Err(Failure::failed(format!(
-                        "FastContainer runs already with the state folder {} (pid {}); stop it, or choose another --state",
-                        root.display(),
-                        holder(&mut file),
-                    )));
+                    let holder = holder(&mut file);
+                    let (pid, ending) = match holder.strip_suffix(ENDING) {
+                        Some(pid) => (pid.trim_end(), true),
+                        None => (holder.as_str(), false),
+                    };
+                    if begun.elapsed() >= if ending { patience } else { HESITATION.min(patience) } {
+                        return Err(Failure::failed(format!(
+                            "FastContainer runs already with the state folder {} (pid {pid}{}); stop it, or choose another --state",
+                            root.display(),
+                            if ending { ", which is ending" } else { "" },
+                        )));
+                    }
+                    if ending && !told {
+                        tracing::info!("waiting for the earlier run (pid {pid}) to end");
+                        told = true;
+                    }
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
                 }
                 Err(TryLockError::Error(error)) => return Err(failed(error)),
             }
@@ -66,8 +103,17 @@ impl Lock {
             if same {
                 let write = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
                 write.map_err(failed)?;
-                return Ok(Self { path, _file: file });
+                return Ok(Self { path, file });
             }
+        }
+    }
+
+    /// Says that we end, so that whoever comes next waits for it.
+    pub(crate) fn ending(&mut self) {
+        // Appended, so that no reader ever sees the pid missing. Without the word the next one is refused, no worse.
+        let written = self.file.seek(io::SeekFrom::End(-1)).and_then(|_| writeln!(self.file, " {ENDING}"));
+        if let Err(error) = written {
+            tracing::debug!("{}: {error}", self.path.display());
         }
     }
 }
@@ -129,17 +175,63 @@ pub(crate) fn cgroup_name(root: &Path) -> String {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_second_up_is_told_who_has_the_folder() {
-        let dir = tempfile::tempdir().unwrap();
-        let lock = Lock::take(dir.path()).unwrap();
+    const PATIENCE: Duration = Duration::from_secs(10);
 
-        let refused = Lock::take(dir.path()).unwrap_err().to_string();
+    #[tokio::test(start_paused = true)]
+    async fn a_second_up_is_told_who_has_the_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = Lock::take(dir.path(), PATIENCE).await.unwrap();
+
+        let refused = Lock::take(dir.path(), PATIENCE).await.unwrap_err().to_string();
         drop(lock);
 
         assert!(refused.contains(&format!("(pid {})", std::process::id())), "{refused}");
         assert!(!dir.path().join("lock").exists());
-        Lock::take(dir.path()).unwrap();
+        Lock::take(dir.path(), PATIENCE).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_second_up_waits_for_one_that_is_ending() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut lock = Lock::take(dir.path(), PATIENCE).await.unwrap();
+        lock.ending();
+
+        let (taken, ()) = tokio::join!(Lock::take(dir.path(), PATIENCE), async {
+            tokio::time::sleep(2 * HESITATION).await;
+            drop(lock);
+        });
+
+        assert!(taken.is_ok(), "{taken:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_does_not_finish_ending_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut lock = Lock::take(dir.path(), PATIENCE).await.unwrap();
+        lock.ending();
+
+        let refused = Lock::take(dir.path(), Duration::ZERO).await.unwrap_err().to_string();
+
+        assert!(refused.contains(&format!("(pid {}, which is ending)", std::process::id())), "{refused}");
+    }
+
+    #[test]
+    fn a_datapool_is_chosen_or_the_state_folders_own_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(dir.path()).unwrap();
+        let (own, other, file) = (root.join("datapool"), root.join("other"), root.join("file"));
+        assert_eq!(datapool(&root, None).unwrap(), None);
+
+        fs::create_dir(&own).unwrap();
+        fs::create_dir(&other).unwrap();
+        fs::write(&file, "").unwrap();
+
+        assert_eq!(datapool(&root, None).unwrap(), Some(own));
+        assert_eq!(datapool(&root, Some(&other)).unwrap(), Some(other));
+        for wrong in [root.join("absent"), file] {
+            let refused = datapool(&root, Some(&wrong)).unwrap_err().to_string();
+            assert!(refused.contains(&wrong.display().to_string()), "{refused}");
+        }
     }
 
     #[test]

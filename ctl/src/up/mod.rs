@@ -13,7 +13,11 @@ use std::{
     time::Duration,
 };
 
-use launcher_client::{Client, paths::StateDir};
+use launcher_client::{
+    Client,
+    admin::{self, Answer, Question},
+    paths::StateDir,
+};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -38,6 +42,8 @@ pub(crate) const PROGRAMS: [&str; 3] = [LAUNCHER, COREAPI, PROXY];
 const START: Duration = Duration::from_secs(60);
 /// How long a former launcher, or a former proxy's address, may take to go.
 const FORMER: Duration = Duration::from_secs(20);
+/// How long an earlier `up` that is ending may take to go.
+const EARLIER: Duration = Duration::from_secs(10);
 
 /// Runs the command.
 pub(crate) async fn run(global: &Global, options: &cli::Up, out: &mut Output) -> Result<(), Failure> {
@@ -54,7 +60,10 @@ pub(crate) async fn run(global: &Global, options: &cli::Up, out: &mut Output) ->
     let mut signals = Signals::listen()?;
 
     let root = folder::make(&global.state)?;
-    let _lock = folder::Lock::take(&root)?;
+    let mut lock = tokio::select! {
+        lock = folder::Lock::take(&root, EARLIER) => lock?,
+        () = signals.end() => return Ok(()),
+    };
     let cgroup = folder::cgroup_name(&root);
     tracing::debug!("state folder {}, cgroup {cgroup}", root.display());
     raise_file_limit();
@@ -79,6 +88,7 @@ pub(crate) async fn run(global: &Global, options: &cli::Up, out: &mut Output) ->
         Err(Failure::Told) => Ok(()),
         Err(failure) => Err(failure),
     };
+    lock.ending();
     let clean = stop(kept, &mut signals, &root, &cgroup).await;
     served.and(clean)
 }
@@ -106,7 +116,10 @@ async fn start(
         all
     };
 
-    let args = common(&[&"--cgroup-parent", &cgroup]);
+    let mut args = common(&[&"--cgroup-parent", &cgroup]);
+    if let Some(datapool) = folder::datapool(root, options.datapool.as_deref())? {
+        args.extend(["--datapool".into(), datapool.into()]);
+    }
     let grace = Duration::from_secs(40);
     kept.push(Service { name: LAUNCHER, program: launcher.clone(), args, grace }.keep());
     let socket = state.launcher_socket();
@@ -116,6 +129,8 @@ async fn start(
     kept.push(
         Service { name: COREAPI, program: coreapi.clone(), args, grace: Duration::from_secs(5) }.keep(),
     );
+    // A former proxy that is on its way out may answer there still, and must not be taken for the new one.
+    let _ = std::fs::remove_file(state.proxy_socket());
     let mut args = common(&[]);
     for address in &options.listen {
         args.extend(["--listen".into(), address.to_string().into()]);
@@ -123,7 +138,7 @@ async fn start(
     kept.push(Service { name: PROXY, program: proxy.clone(), args, grace: Duration::from_secs(20) }.keep());
     unless_it_ends(kept, async {
         wait_for_proxy(&state.proxy_socket(), &options.listen).await;
-        wait_for_apps(&client, vhosts).await;
+        wait_for_apps(&client, &state.proxy_socket(), vhosts).await;
     })
     .await
 }
@@ -176,19 +191,28 @@ async fn wait_for_proxy(socket: &Path, listen: &[SocketAddr]) {
 }
 
 /// Waits until the launcher knows all apps, so that the first visitor of `ready` does not meet a 404.
-async fn wait_for_apps(client: &Client, vhosts: &[check::Vhost]) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+async fn wait_for_apps(client: &Client, proxy: &Path, vhosts: &[check::Vhost]) {
+    let deadline = Instant::now() + Duration::from_secs(30);
     loop {
-        if let Ok(known) = launcher::statuses(client, None).await
+        if proxy_knows(proxy, vhosts.len()).await
+            && let Ok(known) = launcher::statuses(client, None).await
             && vhosts.iter().all(|vhost| known.iter().any(|status| status.app.as_str() == vhost.app))
         {
             return;
         }
         if Instant::now() >= deadline {
-            tracing::warn!("the launcher does not know all apps of conf.d yet; see the log above");
+            tracing::warn!("not all apps of conf.d are known yet; see the log above");
             return;
         }
         sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Whether so many apps have reached the proxy by way of the launcher.
+async fn proxy_knows(socket: &Path, apps: usize) -> bool {
+    match admin::ask(socket, &Question::Stats {}).await {
+        Ok(Answer::Stats(stats)) => stats.launcher && stats.apps >= apps as u64,
+        _ => false,
     }
 }
 

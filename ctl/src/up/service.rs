@@ -2,7 +2,7 @@
 
 use std::{
     ffi::OsString,
-    io,
+    io::{self, IsTerminal as _},
     path::PathBuf,
     process::{ExitStatus, Stdio},
     time::Duration,
@@ -64,7 +64,12 @@ impl Service {
     }
 
     fn spawn(&self) -> io::Result<Child> {
-        Command::new(&self.program)
+        let mut command = Command::new(&self.program);
+        if !io::stderr().is_terminal() {
+            // A log file is for reading and searching: the daemons must not colour it.
+            command.env("NO_COLOR", "1");
+        }
+        command
             .args(&self.args)
             .stdin(Stdio::null())
             // Stdout is `up`'s own: scripts read its `ready` lines.

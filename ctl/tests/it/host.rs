@@ -7,6 +7,7 @@ use std::{
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
+    sync::atomic::{AtomicU16, Ordering},
     time::{Duration, Instant},
 };
 
@@ -30,6 +31,7 @@ pub(crate) struct Host {
     pub(crate) port: u16,
     pub(crate) state: PathBuf,
     pub(crate) conf: PathBuf,
+    arguments: Vec<String>,
     folder: tempfile::TempDir,
 }
 
@@ -43,6 +45,15 @@ impl Host {
 
     /// Starts a host with these files in its `conf.d`.
     pub(crate) fn up_with(files: &[(String, Vec<u8>)]) -> Self {
+        Self::up_after(files, &[], |_| {})
+    }
+
+    /// The same with more arguments, after `prepare` has been at the folder that holds `conf.d` and the state (`s`).
+    pub(crate) fn up_after(
+        files: &[(String, Vec<u8>)],
+        arguments: &[&str],
+        prepare: impl FnOnce(&Path),
+    ) -> Self {
         assert!(nix::unistd::geteuid().is_root(), "containers need root: run the tests as root");
         // Short, because a Unix socket's path may have 108 bytes only.
         let folder = tempfile::Builder::new().prefix("fc").tempdir_in("/tmp").expect("a folder");
@@ -54,15 +65,17 @@ impl Host {
         for (name, bytes) in files {
             fs::write(conf.join(name), bytes).expect("a vhost file");
         }
+        prepare(folder.path());
         let state = folder.path().join("s");
         let port = free_port();
-        let child = start(&conf, &state, port, folder.path());
-        Self { child, port, state, conf, folder }
+        let arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        let child = start(&conf, &state, port, folder.path(), &arguments);
+        Self { child, port, state, conf, arguments, folder }
     }
 
     /// Another `up` on the same folders, after the one before was killed.
     pub(crate) fn again(&mut self) {
-        self.child = start(&self.conf, &self.state, self.port, self.folder.path());
+        self.child = start(&self.conf, &self.state, self.port, self.folder.path(), &self.arguments);
     }
 
     /// One request on a connection of its own.
@@ -119,6 +132,13 @@ impl Host {
             .collect()
     }
 
+    /// How many events of that kind the host has had, whatever the app.
+    #[track_caller]
+    pub(crate) fn events_of_host(&self, kind: &str) -> usize {
+        let text = self.ctl_ok(&["events", "--json"]);
+        text.lines().filter(|line| line.contains(&format!("\"kind\":\"{kind}\""))).count()
+    }
+
     /// How many events of that kind the app has had.
     pub(crate) fn count(&self, app: &str, kind: &str) -> usize {
         self.events(app).iter().filter(|event| event["kind"] == kind).count()
@@ -148,12 +168,14 @@ impl Host {
     /// The pid of one of `up`'s programs, for example `fastcontainer-proxy`; its command line holds this state folder.
     #[track_caller]
     pub(crate) fn pid_of(&self, program: &str) -> i32 {
+        self.find_pid_of(program).unwrap_or_else(|| panic!("no {program} runs\n{}", self.log_tail()))
+    }
+
+    /// The same, while it may be away.
+    pub(crate) fn find_pid_of(&self, program: &str) -> Option<i32> {
+        let runs = |line: &str| line.split(' ').next().is_some_and(|exe| exe.ends_with(program));
         let mine = processes_with(&self.state.to_string_lossy());
-        let found = mine.iter().find(|(_, line)| {
-            let mut words = line.split(' ');
-            words.next().is_some_and(|exe| exe.ends_with(program)) && !line.contains(" spawner")
-        });
-        found.unwrap_or_else(|| panic!("no {program} among {mine:?}")).0
+        mine.into_iter().find(|(_, line)| runs(line) && !line.contains(" spawner")).map(|(pid, _)| pid)
     }
 
     /// `up`'s own pid.
@@ -202,14 +224,18 @@ impl Host {
         let mounts = fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
         assert!(!mounts.contains(&state), "a mount is left:\n{mounts}");
         assert!(!cgroup_parents().iter().any(|name| name == cgroup), "the cgroup {cgroup} is left");
-        for socket in ["run/launcher.sock", "run/proxy/proxy.sock"] {
-            assert!(!self.state.join(socket).exists(), "{socket} is left");
-        }
+        let sockets = sockets_beneath(&self.state);
+        assert!(sockets.is_empty(), "sockets are left: {sockets:?}");
     }
 
-    /// The end of what `up` logged.
+    /// What `up` and its daemons logged.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    /// The end of it.
     pub(crate) fn log_tail(&self) -> String {
-        let log = fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
+        let log = self.log();
         let lines: Vec<&str> = log.lines().collect();
         lines[lines.len().saturating_sub(40)..].join("\n")
     }
@@ -236,6 +262,9 @@ impl Drop for Host {
                 if Instant::now() > end {
                     let _ = self.child.kill();
                     let _ = self.child.wait();
+                    for (pid, _) in processes_with(&self.state.to_string_lossy()) {
+                        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+                    }
                     break;
                 }
                 std::thread::sleep(Duration::from_millis(20));
@@ -271,6 +300,20 @@ pub(crate) fn processes_with(text: &str) -> Vec<(i32, String)> {
     found
 }
 
+/// Every socket file beneath a folder.
+fn sockets_beneath(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let Ok(kind) = entry.file_type() else { continue };
+        if kind.is_dir() {
+            found.extend(sockets_beneath(&entry.path()));
+        } else if std::os::unix::fs::FileTypeExt::is_socket(&kind) {
+            found.push(entry.path());
+        }
+    }
+    found
+}
+
 /// The top-level cgroups of all our hosts on this machine, over all hierarchies.
 pub(crate) fn cgroup_parents() -> Vec<String> {
     let mut names = Vec::new();
@@ -290,7 +333,7 @@ pub(crate) fn cgroup_parents() -> Vec<String> {
     names
 }
 
-fn start(conf: &Path, state: &Path, port: u16, folder: &Path) -> Child {
+fn start(conf: &Path, state: &Path, port: u16, folder: &Path, arguments: &[String]) -> Child {
     let log = fs::OpenOptions::new().create(true).append(true).open(folder.join("log")).expect("a log");
     let mut child = Command::new(program("fastcontainer"))
         .arg("up")
@@ -300,6 +343,7 @@ fn start(conf: &Path, state: &Path, port: u16, folder: &Path) -> Child {
         .arg(format!("127.0.0.1:{port}"))
         .arg("--state")
         .arg(state)
+        .args(arguments)
         .stdout(Stdio::piped())
         .stderr(log)
         // A Ctrl-C at the tests must not reach what a test ends by itself.
@@ -318,14 +362,16 @@ fn start(conf: &Path, state: &Path, port: u16, folder: &Path) -> Child {
     child
 }
 
-/// A port that nobody listens on now. Below the range from which the kernel takes ports for clients, so that no
-/// connection of another test can have it.
+/// A port that nobody listens on now and that no other test of this process was given. Below the range from which the
+/// kernel takes ports for clients, so that no connection of another test can have it.
 fn free_port() -> u16 {
-    let start = 10_000 + (std::process::id() as u16 % 1_000) * 20;
-    for port in start..start + 20 {
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let start = 10_000 + (std::process::id() as u16 % 500) * 40;
+    loop {
+        let taken = NEXT.fetch_add(1, Ordering::Relaxed);
+        assert!(taken < 40, "no port is free from {start} on");
+        if TcpListener::bind(("127.0.0.1", start + taken)).is_ok() {
+            return start + taken;
         }
     }
-    panic!("no port is free between {start} and {}", start + 20);
 }

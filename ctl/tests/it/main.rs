@@ -14,4 +14,14 @@ mod host;
 mod http;
 mod vhost;
 
+mod commands;
+mod config;
+mod crash;
+mod edge;
+mod failing;
+mod hogs;
+mod images;
+mod isolation;
+mod lifecycle;
+mod sleep;
 mod wake;

@@ -15,13 +15,14 @@ pub(crate) fn images() -> PathBuf {
 pub(crate) struct Vhost {
     name: String,
     env: Vec<(String, String)>,
+    container: Vec<String>,
     sections: Vec<(&'static str, Vec<String>)>,
 }
 
 impl Vhost {
     /// The probe as `NAME.test`.
     pub(crate) fn probe(name: &str) -> Self {
-        Self { name: name.to_owned(), env: Vec::new(), sections: Vec::new() }
+        Self { name: name.to_owned(), env: Vec::new(), container: Vec::new(), sections: Vec::new() }
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -49,6 +50,12 @@ impl Vhost {
         self
     }
 
+    /// A line of TOML in `[container]`.
+    pub(crate) fn container(mut self, line: &str) -> Self {
+        self.container.push(line.to_owned());
+        self
+    }
+
     /// The file's text.
     pub(crate) fn text(&self) -> String {
         let mut text = format!(
@@ -56,11 +63,15 @@ impl Vhost {
             self.host(),
             images().display()
         );
+        for line in &self.container {
+            text.push_str(&format!("{line}\n"));
+        }
         let env: Vec<String> = self.env.iter().map(|(name, value)| format!("{name} = {value:?}")).collect();
         if !env.is_empty() {
             text.push_str(&format!("env = {{ {} }}\n", env.join(", ")));
         }
         for (section, lines) in &self.sections {
+            assert!(*section != "container", "the container's own lines come first: use `container`");
             text.push_str(&format!("[{section}]\n{}\n", lines.join("\n")));
         }
         text

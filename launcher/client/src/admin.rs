@@ -8,12 +8,17 @@ use tokio_seqpacket::UnixSeqpacket;
 
 use crate::packet::{self, PacketError};
 
-/// What can be asked: `{"why": "REQUEST-ID"}`, `{"stats": {}}`.
+/// Most requests that one [`Question::Recent`] is told of: they fit into one packet however long their paths are.
+pub const MOST_RECENT: usize = 40;
+
+/// What can be asked: `{"why": "REQUEST-ID"}`, `{"recent": 20}`, `{"stats": {}}`.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Question {
     /// What became of a recent request.
     Why(String),
+    /// The last requests, so many of them and no more than [`MOST_RECENT`].
+    Recent(usize),
     /// How the proxy is.
     Stats {},
 }
@@ -24,6 +29,8 @@ pub enum Question {
 pub enum Answer {
     /// To [`Question::Why`]; `None` when no recent request has that id.
     Request(Option<Box<RequestRecord>>),
+    /// To [`Question::Recent`], oldest first.
+    Recent(Vec<RequestRecord>),
     /// To [`Question::Stats`].
     Stats(Stats),
     /// The question was refused or not understood.

@@ -142,6 +142,18 @@ pub enum Request {
         /// Which app.
         app: AppName,
     },
+    /// Operator: other limits for an app, at once and in the running processes, until its configuration changes or the launcher
+    /// starts anew. What is `None` stays. → [`Reply::Done`].
+    Limit {
+        /// Which app.
+        app: AppName,
+        /// CPU quota in thousandths of a core.
+        cpu: Option<u32>,
+        /// Memory, bytes.
+        memory: Option<u64>,
+        /// Processes and threads.
+        pids: Option<u32>,
+    },
     /// Everybody: how the start of an instance went. → [`Reply::WakeTiming`].
     WakeTiming {
         /// Which app.
@@ -264,7 +276,8 @@ pub struct WakeTiming {
     pub begun_us: u64,
     /// From then until it listened, µs.
     pub total_us: u64,
-    /// The parts in order: `image`, `cgroup`, the sandbox's steps, `app` (exec until listen).
+    /// The parts in order, which sum to the whole: `image`, `cgroup`, `spawner` (handing over), the sandbox's steps, `app`
+    /// (exec until listen), `notice` (until the launcher knew).
     pub steps: Vec<Step>,
     /// Whether the app ran already when the request came (nothing was started).
     pub warm: bool,

@@ -10,7 +10,7 @@ use tokio::sync::{
 };
 
 use super::Peer;
-use crate::supervisor::{Awake, Message};
+use crate::supervisor::{Awake, Limits, Message};
 
 impl Peer {
     /// Answers one request; replies go out as they come about.
@@ -30,6 +30,9 @@ impl Peer {
             Request::Logs { app, lines } => self.logs(id, &app, lines).await.map(without_fds),
             Request::Stop { app } => self.stop(&app).await.map(without_fds),
             Request::Restart { app } => self.restart(&app).map(without_fds),
+            Request::Limit { app, cpu, memory, pids } => {
+                self.limit(&app, Limits { cpu, memory, pids }).await.map(without_fds)
+            }
             Request::WakeTiming { app, generation } => self.timing(&app, generation).await.map(without_fds),
             // Dealt with by `take_note`.
             Request::FirstByte { .. }
@@ -231,6 +234,13 @@ impl Peer {
         if let Some(supervisor) = self.host.running_supervisor(app) {
             let _ = supervisor.send(Message::Restart);
         }
+        Ok(Reply::Done)
+    }
+
+    async fn limit(&self, app: &AppName, limits: Limits) -> Result<Reply, Refusal> {
+        let (reply, done) = oneshot::channel();
+        self.ask(app, Message::Limit(limits, reply))?;
+        done.await.unwrap_or_else(|_| Err(gone(app)))?;
         Ok(Reply::Done)
     }
 

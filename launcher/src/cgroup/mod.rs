@@ -159,11 +159,12 @@ impl Cgroups {
         self.quarantine.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Kills and removes everything beneath our parent group. For a start after an end that was not clean; must not
-    /// run while containers are wanted.
-    pub async fn sweep(&self) -> Sweep {
+    /// Kills and removes everything beneath our parent group but the groups of `wanted`. For a start after an end that
+    /// was not clean; must not run while other containers are wanted.
+    pub async fn sweep(&self, wanted: &[ContainerId]) -> Sweep {
         let mut done = Sweep::default();
-        for name in self.leftovers() {
+        let wanted: Vec<String> = wanted.iter().filter_map(|id| group_name(id).ok()).collect();
+        for name in self.leftovers().into_iter().filter(|name| !wanted.contains(name)) {
             if let Ok(group) =
                 Group::open_what_is_there(&self.layout, &self.parent, &name, self.quarantine.clone())
             {

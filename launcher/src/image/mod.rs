@@ -173,6 +173,12 @@ impl ImageStore {
         }
     }
 
+    /// Holds the image of that [`Layers::id`], for a container that was made from it earlier.
+    #[must_use]
+    pub fn lease(&self, id: &str) -> Lease {
+        self.inner.hold(id)
+    }
+
     /// A directory is opened, not copied: in a blocking thread, because it may lie on a network file system.
     async fn directory(&self, path: &Path) -> Result<Layers, ImageError> {
         let path = path.to_owned();
@@ -264,16 +270,22 @@ impl Inner {
         Ok(digest)
     }
 
-    fn unpacked(&self, name: &str) -> Result<Layers, ImageError> {
-        let place = self.dir.join(name);
+    fn hold(&self, name: &str) -> Lease {
         let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
-        let fd = open_dir(&place).map_err(|error| ImageError::io(&place, "open", error))?;
         let held = leases.get(name).and_then(Weak::upgrade).unwrap_or_else(|| {
             let held: Arc<str> = name.into();
             leases.insert(name.to_owned(), Arc::downgrade(&held));
             held
         });
-        Ok(Layers { fds: vec![fd], id: name.to_owned(), lease: Lease { _name: held } })
+        Lease { _name: held }
+    }
+
+    fn unpacked(&self, name: &str) -> Result<Layers, ImageError> {
+        let place = self.dir.join(name);
+        // Held before it is opened: from now on nobody moves it away.
+        let lease = self.hold(name);
+        let fd = open_dir(&place).map_err(|error| ImageError::io(&place, "open", error))?;
+        Ok(Layers { fds: vec![fd], id: name.to_owned(), lease })
     }
 
     /// Removes unpacked versions that are neither the newest of an archive nor used by anybody.

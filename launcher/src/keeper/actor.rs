@@ -70,7 +70,7 @@ pub(super) async fn start(
         leaving: None,
     };
     let mut found = Vec::new();
-    for Listed { state, pidfd, notify } in listed {
+    for Listed { state, pidfd, notify, outputs } in listed {
         let shared = match &pidfd {
             Some(pidfd) => Some(Arc::new(pidfd.try_clone()?)),
             None => None,
@@ -91,7 +91,7 @@ pub(super) async fn start(
             };
             actor.table.insert(state.id.clone(), entry);
         }
-        found.push(Found { state, pidfd });
+        found.push(Found { state, pidfd, outputs });
     }
     tokio::spawn(actor.run(inbox));
     Ok((found, pid))

@@ -33,6 +33,7 @@ pub(super) struct Listed {
     pub(super) state: Present,
     pub(super) pidfd: Option<OwnedFd>,
     pub(super) notify: Option<OwnedFd>,
+    pub(super) outputs: Vec<OwnedFd>,
 }
 
 impl Link {
@@ -86,7 +87,7 @@ impl Link {
                     let mut fds = fds.into_iter();
                     let pidfd = if state.exited.is_none() { fds.next() } else { None };
                     let notify = if state.notify { fds.next() } else { None };
-                    listed.push(Listed { state: *state, pidfd, notify });
+                    listed.push(Listed { state: *state, pidfd, notify, outputs: fds.collect() });
                 }
                 Some((Event::Listed { version, pid }, _)) if version == wire::VERSION => {
                     return Ok((listed, pid));

@@ -44,6 +44,9 @@ pub struct Plan {
     pub nofile: u64,
     /// Volumes, in mount order; the n-th belongs to the n-th of [`PlanFds::volumes`].
     pub volumes: Vec<VolumePlan>,
+    /// What the daemon wants to be told when it finds the container again; nobody else reads it.
+    #[serde(default)]
+    pub note: String,
     /// An empty directory of the host where the new root is staged, inside the container's private mount namespace.
     pub staging: String,
 }
@@ -72,6 +75,8 @@ pub struct PlanFds {
     pub stdout: OwnedFd,
     /// See `stdout`.
     pub stderr: OwnedFd,
+    /// The read ends of those pipes, for the spawner to hold: while one is open, an app whose daemon has died may write.
+    pub outputs: Vec<OwnedFd>,
 }
 
 /// Where making a container failed: the step and the system's error.

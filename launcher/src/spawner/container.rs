@@ -23,6 +23,10 @@ pub(super) struct Container {
     pub(super) failed: Option<StepError>,
     pub(super) listening: Option<Listening>,
     pub(super) exited: Option<Exit>,
+    /// [`crate::sandbox::Plan::note`].
+    pub(super) note: String,
+    /// [`crate::sandbox::PlanFds::outputs`].
+    pub(super) outputs: Vec<OwnedFd>,
     /// The daemon wants to hear nothing more of it.
     pub(super) forgotten: bool,
 }
@@ -41,6 +45,8 @@ impl Container {
             failed: None,
             listening: None,
             exited: None,
+            note: String::new(),
+            outputs: Vec::new(),
             forgotten: false,
         }
     }
@@ -79,12 +85,15 @@ impl Container {
             exited: self.exited,
             failed: self.failed.clone(),
             notify: self.notify.is_some(),
+            note: self.note.clone(),
+            outputs: self.outputs.len(),
         };
         let mut fds = Vec::new();
         if self.exited.is_none() {
             fds.push(self.pidfd.as_fd());
         }
         fds.extend(self.notify.as_ref().map(AsFd::as_fd));
+        fds.extend(self.outputs.iter().map(AsFd::as_fd));
         (present, fds)
     }
 }

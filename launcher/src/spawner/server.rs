@@ -198,11 +198,13 @@ impl Server {
         if self.leaving || self.keys.contains_key(&plan.id) {
             return Err(failed(libc::EEXIST, "the container exists already"));
         }
-        let fds = counts.unpack(fds).ok_or_else(|| failed(libc::EBADF, "not the descriptors of the plan"))?;
+        let mut fds =
+            counts.unpack(fds).ok_or_else(|| failed(libc::EBADF, "not the descriptors of the plan"))?;
         let userns = match self.userns.entry(plan.id_base) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => entry.insert(UserNs::new(plan.id_base)?),
         };
+        let outputs = std::mem::take(&mut fds.outputs);
         let started = start(plan, fds, userns)?;
         let mut container = Container::new(plan.id.clone(), started.pid, started.pidfd, plan.port);
         if let Err(errno) = rustix::io::ioctl_fionbio(&started.report, true) {
@@ -210,6 +212,8 @@ impl Server {
             tracing::error!(%errno, "a report socket cannot be made non-blocking");
         }
         container.report = Some(started.report);
+        container.note.clone_from(&plan.note);
+        container.outputs = outputs;
         Ok(container)
     }
 

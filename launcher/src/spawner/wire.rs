@@ -21,7 +21,7 @@ pub const MAX_MESSAGE: usize = 64 * 1024;
 /// No message carries more descriptors (the kernel's SCM_MAX_FD).
 pub const MAX_FDS: usize = 253;
 /// Version of this protocol; a daemon does not talk to a spawner of another version.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// What the daemon asks.
 #[derive(Debug, Deserialize, Serialize)]
@@ -115,7 +115,8 @@ pub enum Event {
         /// How.
         exit: Exit,
     },
-    /// Answer to `list`, one per container. Descriptors: pidfd unless it has ended, then notify if `notify`.
+    /// Answer to `list`, one per container. Descriptors: pidfd unless it has ended, then notify if `notify`,
+    /// then the outputs.
     Present(Box<Present>),
     /// End of the answer to `list`.
     Listed {
@@ -145,6 +146,10 @@ pub struct Present {
     pub failed: Option<StepError>,
     /// Whether the notify descriptor is there.
     pub notify: bool,
+    /// [`Plan::note`].
+    pub note: String,
+    /// How many of [`PlanFds::outputs`] are there.
+    pub outputs: usize,
 }
 
 /// Where an app listens and since when.
@@ -171,7 +176,7 @@ pub enum Exit {
     Unknown,
 }
 
-/// How the descriptors of [`Request::Create`] divide, in this order, followed by stdout and stderr.
+/// How the descriptors of [`Request::Create`] divide, in this order, followed by stdout and stderr, and last the outputs.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 pub struct FdCounts {
     /// [`PlanFds::layers`].
@@ -182,6 +187,8 @@ pub struct FdCounts {
     pub cgroup_tasks: usize,
     /// [`PlanFds::cgroup_dir`].
     pub cgroup_dir: bool,
+    /// [`PlanFds::outputs`].
+    pub outputs: usize,
 }
 
 impl FdCounts {
@@ -192,6 +199,7 @@ impl FdCounts {
             volumes: fds.volumes.len(),
             cgroup_tasks: fds.cgroup_tasks.len(),
             cgroup_dir: fds.cgroup_dir.is_some(),
+            outputs: fds.outputs.len(),
         };
         let mut row = fds.layers;
         row.extend(fds.volumes);
@@ -199,12 +207,17 @@ impl FdCounts {
         row.extend(fds.cgroup_dir);
         row.push(fds.stdout);
         row.push(fds.stderr);
+        row.extend(fds.outputs);
         (counts, row)
     }
 
     /// The inverse of [`FdCounts::pack`]; `None` when the number of descriptors is not what the counts say.
     pub fn unpack(self, row: Vec<OwnedFd>) -> Option<PlanFds> {
-        let named = self.layers.checked_add(self.volumes)?.checked_add(self.cgroup_tasks)?;
+        let named = self
+            .layers
+            .checked_add(self.volumes)?
+            .checked_add(self.cgroup_tasks)?
+            .checked_add(self.outputs)?;
         if row.len() != named.checked_add(usize::from(self.cgroup_dir) + 2)? {
             return None;
         }
@@ -216,6 +229,7 @@ impl FdCounts {
             cgroup_dir: if self.cgroup_dir { row.next() } else { None },
             stdout: row.next()?,
             stderr: row.next()?,
+            outputs: row.collect(),
         })
     }
 }

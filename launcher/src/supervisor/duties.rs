@@ -2,11 +2,14 @@
 
 use std::{sync::Arc, time::Duration};
 
-use cmdb::{App, Generation, Outcome, Transition};
-use launcher_client::wire::Activity;
+use cmdb::{
+    App, Generation, Outcome, Transition,
+    units::{Bytes, Millicores},
+};
+use launcher_client::wire::{Activity, Refusal, RefusalCode};
 use tokio::time::Instant;
 
-use super::{Message, Stage, Supervisor};
+use super::{Limits, Message, Stage, Supervisor, running::Rest};
 use crate::{
     cgroup::{CpuQuota, Group},
     instance::name,
@@ -40,6 +43,9 @@ impl Supervisor {
                     if let Some(idle) = idle.filter(|_| may_end && running.in_flight() == 0) {
                         due(running.last_active + idle);
                     }
+                    if let Some(at) = self.rest_due(running) {
+                        due(at);
+                    }
                     if let Some(expires) = expires.filter(|_| running.replacement.is_none()) {
                         due(expires.max(self.retry_at.unwrap_or(expires)));
                     }
@@ -71,6 +77,7 @@ impl Supervisor {
                 self.apply_quota(generation);
             }
             self.end_if_idle(generation, now).await;
+            self.mind_rest(generation, now).await;
             if expires.is_some_and(|at| at <= now) {
                 self.end_lifetime(generation, now).await;
             }
@@ -108,6 +115,11 @@ impl Supervisor {
                 continue;
             };
             if running.replacement.is_some() {
+                continue;
+            }
+            if running.rest != Rest::Awake {
+                // Nobody is served by it, so nobody needs another one yet.
+                self.drain(old, &reason).await;
                 continue;
             }
             let transition = Transition::Add {
@@ -242,7 +254,8 @@ impl Supervisor {
         drop(self.apply(Transition::ResetBackoff).await);
         self.retry_at = None;
         if old.resources != self.app.resources {
-            self.apply_limits();
+            // Told in the events; the configuration holds for the next start all the same.
+            let _ = self.apply_limits();
         }
         if old.container != self.app.container || old.volumes != self.app.volumes {
             self.replace_all("its configuration changed");
@@ -259,21 +272,37 @@ impl Supervisor {
         }
     }
 
-    fn apply_limits(&mut self) {
-        let resources = self.app.resources.clone();
+    /// Other limits, by the operator; they hold until the configuration changes.
+    pub(super) fn limit(&mut self, limits: Limits) -> Result<(), Refusal> {
+        let mut app = App::clone(&self.app);
+        let resources = &mut app.resources;
+        resources.cpu = limits.cpu.map(Millicores).or(resources.cpu);
+        resources.memory = limits.memory.map_or(resources.memory, Bytes);
+        resources.pids = limits.pids.unwrap_or(resources.pids);
+        self.app = Arc::new(app);
+        self.apply_limits()
+    }
+
+    fn apply_limits(&mut self) -> Result<(), Refusal> {
+        let resources = &self.app.resources;
+        let mut result = Ok(());
         for (generation, running) in &self.running {
             let Some(group) = &running.group else { continue };
             let outcome = group
                 .set_memory(resources.memory.0)
                 .and_then(|()| group.set_pids(u64::from(resources.pids)))
                 .and_then(|()| if running.quota_applied { set_quota(group, &self.app) } else { Ok(()) });
-            match outcome {
-                Ok(()) => self.emit("limits", *generation, "its limits were changed while it runs".into()),
-                Err(error) => {
-                    self.emit("limits", *generation, format!("its limits could not be changed: {error}"))
-                }
+            let id = name(&self.app.name, *generation);
+            let message = match outcome {
+                Ok(()) => format!("the limits of {id} were changed while it runs"),
+                Err(error) => format!("the limits of {id} could not be changed: {error}"),
+            };
+            if message.contains("could not") {
+                result = Err(Refusal::new(RefusalCode::Internal, message.clone()));
             }
+            self.emit("limits", *generation, message);
         }
+        result
     }
 
     fn apply_quota(&mut self, generation: Generation) {

@@ -42,11 +42,31 @@ pub(super) struct Running {
     pub(super) last_active: Instant,
     /// Whether its CPU quota is in force.
     pub(super) quota_applied: bool,
+    /// Whether it sleeps while it is ready.
+    pub(super) rest: Rest,
     /// Whether a proxy's suspicion is being looked into.
     pub(super) examined: bool,
+    adopted: bool,
     control: mpsc::UnboundedSender<Control>,
     begun: Instant,
     in_flight: HashMap<u64, u32>,
+}
+
+/// Whether a ready instance sleeps.
+#[derive(Debug, Default, Eq, PartialEq)]
+pub(super) enum Rest {
+    /// It runs.
+    #[default]
+    Awake,
+    /// It gets no new requests, and is frozen when the proxies have none on it.
+    Dozing {
+        /// Proxies that may still have requests on it.
+        waits_for: BTreeSet<u64>,
+        /// When it is left awake after all.
+        until: Instant,
+    },
+    /// The freezer has it.
+    Frozen,
 }
 
 /// Where an instance is in its life.
@@ -102,6 +122,8 @@ impl Running {
             last_active: now,
             quota_applied: false,
             examined: false,
+            rest: Rest::Awake,
+            adopted: false,
             control,
             begun: now,
             in_flight: HashMap::new(),
@@ -112,6 +134,17 @@ impl Running {
         self.pid = Some(pid);
         self.group = Some(group);
         self.image = image;
+    }
+
+    /// It was started by an earlier daemon.
+    pub(super) fn adopted(&mut self, pid: i32, image: String) {
+        self.adopted = true;
+        self.pid = Some(pid);
+        self.image = image;
+    }
+
+    pub(super) fn is_adopted(&self) -> bool {
+        self.adopted
     }
 
     pub(super) fn ready(&mut self, live: Arc<Live>, timing: WakeTiming) {
@@ -149,7 +182,8 @@ impl Running {
     pub(super) fn state(&self) -> State {
         match self.stage {
             Stage::Starting => State::Starting,
-            Stage::Ready { .. } => State::Ready,
+            Stage::Ready { .. } if self.rest == Rest::Awake => State::Ready,
+            Stage::Ready { .. } => State::Frozen,
             Stage::Draining { .. } | Stage::Stopping { .. } => State::Draining,
         }
     }
@@ -170,9 +204,21 @@ impl Running {
     /// Tells it to end; SIGKILL follows after `grace`.
     pub(super) fn terminate(&mut self, reason: &str, grace: Duration) {
         if !matches!(self.stage, Stage::Stopping { .. }) {
+            // A frozen process handles no signal.
+            self.thaw();
             self.stage = Stage::Stopping { reason: reason.to_owned() };
             // A closed channel: the task is ending already and will report.
             let _ = self.control.send(Control::Terminate(grace));
+        }
+    }
+
+    /// Lets it run again, if it was frozen.
+    pub(super) fn thaw(&mut self) {
+        if std::mem::take(&mut self.rest) == Rest::Frozen
+            && let Some(group) = &self.group
+            && let Err(error) = group.thaw()
+        {
+            tracing::error!(cgroup = group.name(), %error, "an instance cannot be thawed");
         }
     }
 
@@ -186,14 +232,23 @@ impl Running {
 
     pub(super) fn quiesced(&mut self, watcher: u64) {
         self.in_flight.remove(&watcher);
-        if let Stage::Draining { waits_for, .. } = &mut self.stage {
+        if let Some(waits_for) = self.waits_for() {
             waits_for.remove(&watcher);
         }
     }
 
     pub(super) fn watcher_came(&mut self, watcher: u64) {
-        if let Stage::Draining { waits_for, .. } = &mut self.stage {
+        if let Some(waits_for) = self.waits_for() {
             waits_for.insert(watcher);
+        }
+    }
+
+    /// Proxies that are waited for, when any are.
+    fn waits_for(&mut self) -> Option<&mut BTreeSet<u64>> {
+        match (&mut self.stage, &mut self.rest) {
+            (Stage::Draining { waits_for, .. }, _)
+            | (Stage::Ready { .. }, Rest::Dozing { waits_for, .. }) => Some(waits_for),
+            _ => None,
         }
     }
 

@@ -46,7 +46,7 @@ impl Drop for Guard {
             let cleaning = std::thread::spawn(move || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
                 runtime.block_on(async {
-                    cgroups.sweep().await;
+                    cgroups.sweep(&[]).await;
                     let _ = cgroups.remove_parent().await;
                 });
                 drop(keeper);
@@ -61,7 +61,7 @@ pub struct Running {
     pub id: ContainerId,
     pub created: Created,
     pub group: Group,
-    pub sockets: NetSockets,
+    pub sockets: Option<NetSockets>,
     /// Held open: a program whose output nobody reads would be killed by SIGPIPE.
     pub _output: OwnedFd,
 }
@@ -121,6 +121,7 @@ impl Lab {
             shm_bytes: 1 << 20,
             nofile: 256,
             volumes: Vec::new(),
+            note: String::new(),
             staging: self.dir.path().join("staging").to_str().unwrap().to_owned(),
         }
     }
@@ -130,7 +131,8 @@ impl Lab {
         let group = self.cgroups.create(&id, &Limits { memory: Some(128 << 20), pids: Some(64) }).unwrap();
         let (fds, output) = self.fds(&group).await;
         let created = self.keeper.create(plan, fds).await.unwrap();
-        let sockets = self.netns.open(created.pidfd.as_fd().try_clone_to_owned().unwrap()).await.unwrap();
+        // One that ends at once has no network any more.
+        let sockets = self.netns.open(created.pidfd.as_fd().try_clone_to_owned().unwrap()).await.ok();
         Running { id, created, group, sockets, _output: output }
     }
 
@@ -140,7 +142,18 @@ impl Lab {
         let layers = self.images.resolve(&image).await.unwrap().fds;
         let (cgroup_tasks, cgroup_dir) = group.join_fds().unwrap();
         let stderr = stdout.try_clone().unwrap();
-        (PlanFds { layers, volumes: Vec::new(), cgroup_tasks, cgroup_dir, stdout, stderr }, output)
+        (
+            PlanFds {
+                layers,
+                volumes: Vec::new(),
+                cgroup_tasks,
+                cgroup_dir,
+                stdout,
+                stderr,
+                outputs: Vec::new(),
+            },
+            output,
+        )
     }
 
     pub async fn event(&mut self) -> KeeperEvent {
@@ -181,14 +194,14 @@ impl Lab {
         self.keeper.shutdown().await;
         assert!(!is_running(self.spawner), "the spawner has ended");
         assert!(!self.dir.path().join("spawner.sock").exists());
-        self.cgroups.sweep().await;
+        self.cgroups.sweep(&[]).await;
         self.cgroups.remove_parent().await.unwrap();
     }
 }
 
 impl Running {
     pub async fn get(&self, port: u16) -> String {
-        let socket = self.sockets.take(1).await.unwrap().pop().unwrap();
+        let socket = self.sockets.as_ref().unwrap().take(1).await.unwrap().pop().unwrap();
         let socket = tokio::net::TcpSocket::from_std_stream(socket.into());
         let mut stream = socket.connect(([127, 0, 0, 1], port).into()).await.unwrap();
         stream.write_all(b"GET / HTTP/1.0\r\n\r\n").await.unwrap();

@@ -81,7 +81,7 @@ async fn only_the_wanted_port_counts() {
     let running = lab.create(lab.plan(1, script)).await;
     assert_eq!(lab.listening(&running.id).await.port, 80);
     for port in [8080, 80, 81] {
-        launcher::ready::probe(&running.sockets, port).await.unwrap();
+        launcher::ready::probe(running.sockets.as_ref().unwrap(), port).await.unwrap();
         assert!(running.get(port).await.contains("hello"), "{port}");
     }
     lab.end(running).await;
@@ -118,7 +118,7 @@ async fn containers_outlive_the_daemon_and_the_next_one_finds_them() {
 
     // The daemon goes; meanwhile one container ends, and one begins to listen, without waiting for anybody.
     let (dir, name) = lab.lose_daemon().await;
-    launcher::ready::probe(&late.sockets, 80).await.unwrap();
+    launcher::ready::probe(late.sockets.as_ref().unwrap(), 80).await.unwrap();
     assert!(late.get(80).await.contains("hello"));
 
     let mut lab = Lab::connect(dir, name).await;

@@ -153,6 +153,7 @@ impl Container {
             shm_bytes: 4 << 20,
             nofile: 256,
             volumes: Vec::new(),
+            note: String::new(),
             staging: staging.path().to_str().unwrap().to_owned(),
         };
         let layers = vec![image.path().to_owned()];
@@ -189,6 +190,7 @@ impl Container {
             cgroup_dir: self.cgroup_dir.as_deref().map(directory),
             stdout,
             stderr,
+            outputs: Vec::new(),
         }
     }
 

@@ -27,8 +27,8 @@ const ESTABLISHED: u8 = 1;
 pub async fn hold(session: &mut Session, ctx: &mut Ctx, app: &Arc<AppRuntime>) -> pingora::Result<Lease> {
     ctx.watch.enter(Part::Hold);
     ctx.held = true;
+    let held_since = std::time::Instant::now();
     let hold = app.spec.load().hold.clone();
-    let before = app.last_wake.load().0;
     let deadline = Instant::from_std(ctx.watch.begun() + hold.timeout);
     let Ok(mut place) = app.room.enter(hold.queue as usize, &app.house().seats) else {
         return Err(ctx.fail(Fault::QueueFull));
@@ -45,8 +45,8 @@ pub async fn hold(session: &mut Session, ctx: &mut Ctx, app: &Arc<AppRuntime>) -
     };
     match answer {
         Some(Answer::Lease(lease)) => {
-            let wake = app.last_wake.load();
-            ctx.cold = wake.0 != before && wake.0 == lease.upstream.generation && !wake.1.warm;
+            // The watch may tell of the instance before the wake itself is answered, so that says nothing.
+            ctx.cold = lease.upstream.known >= held_since;
             Ok(lease)
         }
         Some(Answer::Refused(fault)) => Err(ctx.fail(fault)),

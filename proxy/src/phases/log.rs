@@ -7,6 +7,7 @@ use pingora::{Error, proxy::Session};
 
 use super::{Ctx, client_ip};
 use crate::{
+    pages::Fault,
     telemetry::{Record, header_of, host_of},
     tenant::House,
 };
@@ -17,6 +18,8 @@ pub fn log(house: &House, session: &Session, error: Option<&Error>, ctx: &mut Ct
     ctx.watch.stop();
     let request = session.req_header();
     let error = match (&ctx.fault, error) {
+        // The client has seen the app's status already, so this was no missing answer but a broken one.
+        (Some(Fault::NoAnswer), Some(_)) if ctx.answered => "broken-off",
         (Some(fault), _) => fault.code(),
         (None, Some(error)) => match error.esource() {
             pingora::ErrorSource::Downstream => "client-gone",

@@ -1,7 +1,7 @@
 //! Which app is meant, and is the request fit to be passed on? What two HTTP parsers could read differently is refused,
 //! since the app's parser is another one than ours.
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering::SeqCst};
 
 use cmdb::cache::canonical_host;
 use http::{HeaderName, Method, Version, header};
@@ -56,7 +56,9 @@ fn find(house: &House, request: &RequestHeader) -> Result<Arc<AppRuntime>, Fault
     let host = canonical_host(host).map_err(|_| Fault::BadRequest("its Host header is malformed"))?;
     match house.cache.lookup(host.as_str()) {
         Some(tenant) => Ok(Arc::clone(tenant.runtime())),
-        None => Err(Fault::UnknownHost),
+        None if house.informed.load(SeqCst) => Err(Fault::UnknownHost),
+        // A proxy that knows no routes yet cannot say that there is none.
+        None => Err(Fault::LauncherGone),
     }
 }
 

@@ -1,0 +1,76 @@
+//! Going on with a container that an earlier daemon started.
+
+use std::{os::fd::OwnedFd, sync::Arc};
+
+use cmdb::App;
+use serde::{Deserialize, Serialize};
+
+use super::{End, Launch, Made};
+use crate::{
+    keeper::{Created, monotonic_us},
+    output::Capture,
+    trace::Trace,
+};
+
+/// What a daemon writes on a container, to be read by the next one should it die.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Tag {
+    /// First id of its user namespace's range.
+    pub id_base: u32,
+    /// What it runs, see [`crate::image::Layers::id`].
+    pub image: String,
+    /// When the daemon began to start it, µs since the Unix epoch.
+    pub begun_us: u64,
+    /// Fingerprint of what it was told to run, see [`fingerprint`].
+    pub runs: u64,
+}
+
+/// A container that an earlier daemon started and that listens.
+#[derive(Debug)]
+pub struct Adoption {
+    /// Its first process.
+    pub pid: i32,
+    /// The same.
+    pub pidfd: OwnedFd,
+    /// Where it listens.
+    pub port: u16,
+    /// The read ends of its standard output and error.
+    pub outputs: Vec<OwnedFd>,
+    /// What the earlier daemon wrote on it.
+    pub tag: Tag,
+}
+
+/// Tells apart what apps are told to run: FNV-1a over the container's and the volumes' configuration.
+#[must_use]
+pub fn fingerprint(app: &App) -> u64 {
+    // Plain data cannot fail to be written.
+    let text = serde_json::to_vec(&(&app.container, &app.volumes)).unwrap_or_default();
+    text.iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+impl Launch {
+    /// Picks up everything of a container that runs already.
+    pub(super) async fn take_over(
+        &self,
+        adoption: Adoption,
+        captures: &mut Vec<Capture>,
+    ) -> Result<Made, End> {
+        let group = self.host.cgroups.open(&self.container()).map_err(|e| self.cannot(&e))?;
+        // It may have been asleep when its daemon died; the next idle time freezes it again.
+        group.thaw().map_err(|e| self.cannot(&e))?;
+        let pidfd = adoption.pidfd.try_clone().map_err(|e| self.cannot(&e))?;
+        let sockets = self.host.netns.open(pidfd).await.map_err(|e| self.cannot(&e))?;
+        for (stream, read) in ["stdout", "stderr"].into_iter().zip(adoption.outputs) {
+            captures.push(self.output.resume(self.generation, stream, read).map_err(|e| self.cannot(&e))?);
+        }
+        Ok(Made {
+            created: Created { pid: adoption.pid, pidfd: adoption.pidfd, at_us: monotonic_us() },
+            group: Arc::new(group),
+            sockets,
+            trace: Trace::of_earlier(adoption.tag.begun_us),
+            _image: self.host.images.lease(&adoption.tag.image),
+            listens: Some(adoption.port),
+        })
+    }
+}

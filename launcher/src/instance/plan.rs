@@ -1,0 +1,87 @@
+//! What the spawner is asked to make of an app.
+
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+
+use super::{End, Launch, Tag, fingerprint};
+use crate::sandbox::{Plan, VolumePlan};
+
+/// Descriptors that an app may open; Debian's default for services.
+const NOFILE: u64 = 8192;
+/// `/dev/shm`, as Docker has it.
+const SHM_BYTES: u64 = 64 << 20;
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+impl Launch {
+    pub(super) fn plan(&self, begun_us: u64, image: &str) -> Result<Plan, End> {
+        let container = &self.app.container;
+        let Some(id_base) = self.host.id_base(&self.app.name) else {
+            return Err(self.failed("could not be started: no range of user ids is left on this host"));
+        };
+        let mut env = container.env.clone();
+        let mut default = |name: &str, value: String| {
+            env.entry(name.to_owned()).or_insert(value);
+        };
+        default("PATH", DEFAULT_PATH.into());
+        default("HOME", "/".into());
+        default("HOSTNAME", self.app.name.to_string());
+        if let Some(port) = container.port {
+            default("PORT", port.to_string());
+        }
+        default("FC_APP", self.app.name.to_string());
+        default("FC_GENERATION", self.generation.to_string());
+        default("FC_WAKE_STARTED_NS", (begun_us * 1000).to_string());
+        let volumes = self.app.volumes.iter();
+        let tag = Tag { id_base, image: image.to_owned(), begun_us, runs: fingerprint(&self.app) };
+        Ok(Plan {
+            id: self.container(),
+            note: serde_json::to_string(&tag).map_err(|e| self.cannot(&e))?,
+            hostname: self.app.name.to_string(),
+            argv: container.command.clone(),
+            env: env.into_iter().map(|(name, value)| format!("{name}={value}")).collect(),
+            workdir: container.workdir.clone(),
+            user: container.user.clone(),
+            port: container.port,
+            id_base,
+            upper_bytes: self.app.resources.disk.0,
+            shm_bytes: SHM_BYTES,
+            nofile: NOFILE,
+            volumes: volumes
+                .map(|v| VolumePlan { target: v.target.clone(), read_only: v.read_only })
+                .collect(),
+            staging: self.host.staging.to_string_lossy().into_owned(),
+        })
+    }
+
+    /// Opens the app's volumes beneath the DataPool. In a blocking thread: a network file system may hang.
+    pub(super) async fn open_volumes(&self) -> Result<Vec<OwnedFd>, End> {
+        if self.app.volumes.is_empty() {
+            return Ok(Vec::new());
+        }
+        let Some(pool) = &self.host.datapool else {
+            return Err(self.failed("has volumes, but this host has no DataPool (see `up --datapool`)"));
+        };
+        let pool = pool.try_clone().map_err(|e| self.cannot(&e))?;
+        let sources: Vec<String> = self.app.volumes.iter().map(|v| v.source.clone()).collect();
+        let opened = tokio::task::spawn_blocking(move || {
+            sources
+                .iter()
+                .map(|source| open_beneath(&pool, source).map_err(|e| (source.clone(), e)))
+                .collect()
+        });
+        let opened: Result<Vec<OwnedFd>, (String, std::io::Error)> =
+            opened.await.map_err(|e| self.cannot(&e))?;
+        opened.map_err(|(source, error)| {
+            self.failed(&format!(
+                "could not be started: volume \"{source}\" cannot be opened beneath the DataPool: {error}"
+            ))
+        })
+    }
+}
+
+fn open_beneath(pool: &OwnedFd, source: &str) -> std::io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+    Ok(rustix::fs::openat2(pool, source, flags, Mode::empty(), resolve)?)
+}

@@ -1,0 +1,51 @@
+//! Picking up after a restart of the daemon: instances live on, and are supervised again.
+
+use std::sync::Arc;
+
+use cmdb::{Generation, Transition};
+use launcher_client::wire::WakeTiming;
+use nix::libc::SIGKILL;
+
+use super::Supervisor;
+use crate::instance::{Adoption, Live, fingerprint, name};
+
+impl Supervisor {
+    /// Goes on with an instance of an earlier daemon.
+    pub(super) async fn adopt(&mut self, generation: Generation, adoption: Adoption) {
+        let id = name(&self.app.name, generation);
+        let outdated = adoption.tag.runs != fingerprint(&self.app);
+        let (pid, image, port) = (adoption.pid, adoption.tag.image.clone(), adoption.port);
+        let node = self.host.node.clone();
+        if let Err(refusal) = self.apply(Transition::Adopt { generation, node, port }).await {
+            // The app was removed in this very moment; the instance's task would have nobody to tell.
+            self.host.keeper.kill(
+                &crate::sandbox::ContainerId { app: self.app.name.to_string(), generation: generation.0 },
+                SIGKILL,
+            );
+            return tracing::warn!(%refusal, "{id} is not adopted");
+        }
+        let launch = self.admit(generation, None);
+        if let Some(running) = self.running.get_mut(&generation) {
+            running.adopted(pid, image);
+            if outdated {
+                running.wants_replacement =
+                    Some("its configuration changed while no launcher ran".to_owned());
+            }
+        }
+        self.emit(
+            "adopted",
+            generation,
+            format!("{id} has gone on without a launcher and is supervised again"),
+        );
+        tokio::spawn(launch.adopt(adoption));
+    }
+
+    /// An adopted instance's task has picked up what it needs.
+    pub(super) fn adopted(&mut self, live: Arc<Live>, timing: WakeTiming) {
+        let generation = live.id.generation;
+        if let Some(running) = self.running.get_mut(&generation).filter(|r| r.is_adopted()) {
+            running.group = Some(Arc::clone(&live.group));
+            running.ready(live, timing);
+        }
+    }
+}
