@@ -6,6 +6,7 @@
 pub mod app;
 pub mod cache;
 pub mod embedded;
+pub mod fingerprint;
 pub mod instance;
 pub mod store;
 pub mod transition;

@@ -9,9 +9,10 @@ use std::{
     sync::Arc,
 };
 
-use crate::app::App;
+use crate::{app::App, fingerprint::fnv1a};
 
-/// First line: this word, the schema, the checksum and the length of what follows.
+/// First line: this word, the schema, the checksum and the length of what follows. The checksum is there against torn and
+/// rotten files, not against forgers: the folder is the proxy's own.
 const MAGIC: &str = "fastcontainer-last-known-good";
 const SCHEMA: u32 = 1;
 
@@ -58,7 +59,7 @@ impl LastKnownGood {
         let temporary = self.path.with_extension("new");
         let write = || -> io::Result<()> {
             let mut file = fs::File::create(&temporary)?;
-            writeln!(file, "{MAGIC} {SCHEMA} {:016x} {}", checksum(&body), body.len())?;
+            writeln!(file, "{MAGIC} {SCHEMA} {:016x} {}", fnv1a(&body), body.len())?;
             file.write_all(&body)?;
             file.sync_data()?;
             fs::rename(&temporary, &self.path)?;
@@ -80,7 +81,7 @@ impl LastKnownGood {
         };
         let end = bytes.iter().position(|b| *b == b'\n').ok_or_else(|| self.damaged("no first line"))?;
         let (header, body) = (&bytes[..end], &bytes[end + 1..]);
-        let expected = format!("{MAGIC} {SCHEMA} {:016x} {}", checksum(body), body.len());
+        let expected = format!("{MAGIC} {SCHEMA} {:016x} {}", fnv1a(body), body.len());
         if header != expected.as_bytes() {
             return Err(self.damaged("the checksum does not match"));
         }
@@ -94,11 +95,4 @@ impl LastKnownGood {
     fn damaged(&self, what: &'static str) -> LastKnownGoodError {
         LastKnownGoodError::Damaged { path: self.path.clone(), what }
     }
-}
-
-/// FNV-1a, 64 bits: against torn and rotten files, not against forgers (the folder is the proxy's own).
-fn checksum(bytes: &[u8]) -> u64 {
-    bytes
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use cmdb::fingerprint::fnv1a;
 use launcher_client::paths::{GROUP_ID, StateDir};
 
 use crate::failure::Failure;
@@ -162,12 +163,8 @@ pub(crate) fn cgroup_name(root: &Path) -> String {
     if root == Path::new(launcher_client::paths::DEFAULT_STATE) {
         return "fastcontainer".to_owned();
     }
-    // FNV-1a: stable across versions and machines, unlike the standard library's hasher.
-    let hash = root
-        .as_os_str()
-        .as_encoded_bytes()
-        .iter()
-        .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
+    // Half of it is enough to tell the state folders of one host apart, and keeps the name short.
+    let hash = fnv1a(root.as_os_str().as_encoded_bytes()) >> 32;
     format!("fastcontainer-{hash:08x}")
 }
 

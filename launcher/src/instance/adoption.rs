@@ -2,7 +2,7 @@
 
 use std::{os::fd::OwnedFd, sync::Arc};
 
-use cmdb::App;
+use cmdb::{App, fingerprint::fnv1a};
 use serde::{Deserialize, Serialize};
 
 use super::{End, Launch, Made};
@@ -40,13 +40,12 @@ pub struct Adoption {
     pub tag: Tag,
 }
 
-/// Tells apart what apps are told to run: FNV-1a over the container's and the volumes' configuration.
+/// Tells apart what apps are told to run: a fingerprint of the container's and the volumes' configuration.
 #[must_use]
 pub fn fingerprint(app: &App) -> u64 {
     // Plain data cannot fail to be written.
     let text = serde_json::to_vec(&(&app.container, &app.volumes)).unwrap_or_default();
-    text.iter()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+    fnv1a(&text)
 }
 
 impl Launch {

@@ -295,11 +295,12 @@ impl Supervisor {
             let id = name(&self.app.name, *generation);
             let message = match outcome {
                 Ok(()) => format!("the limits of {id} were changed while it runs"),
-                Err(error) => format!("the limits of {id} could not be changed: {error}"),
+                Err(error) => {
+                    let message = format!("the limits of {id} could not be changed: {error}");
+                    result = Err(Refusal::new(RefusalCode::Internal, message.clone()));
+                    message
+                }
             };
-            if message.contains("could not") {
-                result = Err(Refusal::new(RefusalCode::Internal, message.clone()));
-            }
             self.emit("limits", *generation, message);
         }
         result
