@@ -98,10 +98,21 @@ pub struct Scale {
     pub max: u32,
     /// First-byte time (p90 of the last second) above which the app is too slow; `None`: not judged.
     pub response_time: Option<Duration>,
+    /// After a step of the scaler: none for so long, and no step back before it has been calm for so long.
+    #[serde(default = "Scale::usual_cool_down")]
+    pub cool_down: Duration,
     /// Requests in one instance at a time; more wait. `None`: unlimited.
     pub concurrency: Option<u32>,
     /// How an instance is picked.
     pub pick: Pick,
+}
+
+impl Scale {
+    /// `cool-down` where none is given.
+    #[must_use]
+    pub fn usual_cool_down() -> Duration {
+        Duration::from_secs(10)
+    }
 }
 
 /// How one of several ready instances is picked for a request.

@@ -20,6 +20,7 @@ use crate::{
     image::ImageStore,
     instance::Live,
     keeper::{Keeper, KeeperEvent},
+    monitor::HostMeter,
     network::NetNs,
     sandbox::ContainerId,
     supervisor::{Message, Supervisor},
@@ -60,6 +61,8 @@ pub struct Host {
     pub live: Mutex<HashMap<InstanceId, Arc<Live>>>,
     /// Proxies that serve traffic now.
     pub watchers: Watchers,
+    /// How busy this host is.
+    pub meter: HostMeter,
     supervisors: Mutex<HashMap<AppName, mpsc::UnboundedSender<Message>>>,
     ids: Mutex<IdRanges>,
     ending: std::sync::atomic::AtomicBool,
@@ -116,6 +119,7 @@ impl Host {
             routes: Mutex::default(),
             live: Mutex::default(),
             watchers: Watchers::default(),
+            meter: HostMeter::default(),
             supervisors: Mutex::default(),
             ids: Mutex::default(),
             ending: std::sync::atomic::AtomicBool::new(false),

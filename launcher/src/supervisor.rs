@@ -7,6 +7,7 @@ mod adopt;
 mod duties;
 mod rest;
 mod running;
+mod scaling;
 mod status;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -25,6 +26,7 @@ use crate::{
     output::Output,
 };
 use running::{Running, Stage};
+use scaling::Scaling;
 pub(crate) use status::absent;
 
 /// How many finished starts can still be explained.
@@ -106,6 +108,7 @@ pub struct Supervisor {
     timings: Vec<(Generation, WakeTiming)>,
     /// No replacement or `scale.min` start before this time, after one failed.
     retry_at: Option<Instant>,
+    scaling: Scaling,
     removed: bool,
     ending: bool,
 }
@@ -125,6 +128,7 @@ impl Supervisor {
             output: Arc::default(),
             timings: Vec::new(),
             retry_at: None,
+            scaling: Scaling::new(),
             removed: false,
             ending: false,
         };

@@ -133,12 +133,12 @@ async fn answer(house: &House, question: Question) -> Answer {
 fn stats(house: &House) -> Stats {
     let apps = house.apps();
     let (requests, unlogged) = house.telemetry.counts();
-    let last_second = house.second(Instant::now()).saturating_sub(1);
+    let tick = house.tick(Instant::now());
     let instances = apps
         .iter()
         .flat_map(|app| app.upstreams())
         .map(|one| {
-            let summary = one.window.summary(last_second);
+            let summary = one.window.summary(tick);
             InstanceStats {
                 app: one.app.to_string(),
                 generation: one.generation.0,

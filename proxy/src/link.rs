@@ -15,7 +15,7 @@ use async_trait::async_trait;
 use cmdb::{AppName, Change, Generation};
 use launcher_client::{
     Client, ClientError,
-    wire::{Activity, RefusalCode, Request},
+    wire::{Activity, RefusalCode, Request, Window},
 };
 use pingora::{server::ShutdownWatch, services::background::BackgroundService};
 use tokio::{
@@ -33,6 +33,8 @@ use crate::{
 
 /// How often the launcher hears what instances do.
 const REPORT_EVERY: Duration = Duration::from_millis(250);
+/// How often it hears of apps whose response time is judged.
+const SUMMARY_EVERY: Duration = Duration::from_millis(100);
 /// Sockets that come along with a wake: one for each who waits, within these bounds.
 const WAKE_SOCKETS: std::ops::RangeInclusive<u32> = 2..=32;
 /// A back-off that ends this soon is waited for.
@@ -54,6 +56,8 @@ pub enum Command {
         /// Its generation.
         generation: Generation,
     },
+    /// An instance has become slower than its app's `scale.response-time`.
+    Breach(Arc<Upstream>),
     /// Connecting to an instance failed.
     Suspect {
         /// Its app.
@@ -98,7 +102,7 @@ impl Link {
         let (sender, line) = watch::channel(None);
         tokio::join!(
             follow(&self.house, sender),
-            obey(commands, line.clone()),
+            obey(&self.house, commands, line.clone()),
             report(&self.house, line),
             end_of_grace(&self.house, shutdown),
             memory::keep(&self.house),
@@ -160,7 +164,7 @@ async fn follow(house: &Arc<House>, line: watch::Sender<Option<Client>>) {
 }
 
 /// Carries out commands, each in a task of its own.
-async fn obey(mut commands: mpsc::UnboundedReceiver<Command>, line: Line) {
+async fn obey(house: &House, mut commands: mpsc::UnboundedReceiver<Command>, line: Line) {
     while let Some(command) = commands.recv().await {
         match command {
             Command::Wake(app) => {
@@ -171,6 +175,10 @@ async fn obey(mut commands: mpsc::UnboundedReceiver<Command>, line: Line) {
             }
             Command::FirstByte { app, generation } => {
                 tell(&line, Request::FirstByte { app, generation }).await
+            }
+            Command::Breach(upstream) => {
+                let activity = vec![activity_of(house, &upstream)];
+                tell(&line, Request::Report { activity }).await;
             }
             Command::Suspect { app, generation, reason } => {
                 tell(&line, Request::Suspect { app, generation, reason }).await;
@@ -272,16 +280,24 @@ async fn tell(line: &Line, request: Request) {
 /// Tells the launcher what instances did, and lets apps with waiting requests go on.
 async fn report(house: &Arc<House>, line: Line) {
     let mut active: HashMap<(AppName, Generation), Arc<Upstream>> = HashMap::new();
-    let mut ticks = tokio::time::interval(REPORT_EVERY);
+    let mut ticks = tokio::time::interval(SUMMARY_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut last_report = Instant::now();
     loop {
         ticks.tick().await;
+        let all = last_report.elapsed() >= REPORT_EVERY;
+        if all {
+            last_report = Instant::now();
+        }
         while let Some(upstream) = house.active.pop() {
             active.insert((upstream.app.clone(), upstream.generation), upstream);
         }
         let mut activity = Vec::new();
         active.retain(|_, upstream| {
-            let what = activity_of(upstream);
+            if !all && !house.app(&upstream.app).is_some_and(|app| app.is_judged()) {
+                return true;
+            }
+            let what = activity_of(house, upstream);
             let quiet = what.in_flight == 0 && what.requests == 0;
             // Also the last one, with nothing in it: the launcher must not believe in requests that have ended.
             activity.push(what);
@@ -301,13 +317,15 @@ async fn report(house: &Arc<House>, line: Line) {
             let activity = rest.by_ref().take(REPORT_CHUNK).collect();
             tell(&line, Request::Report { activity }).await;
         }
-        if house.seats.taken() > 0 {
+        if all && house.seats.taken() > 0 {
             house.apps().iter().filter(|app| !app.room.is_empty()).for_each(|app| app.tick());
         }
     }
 }
 
-fn activity_of(upstream: &Upstream) -> Activity {
+fn activity_of(house: &House, upstream: &Upstream) -> Activity {
+    let window = upstream.window.summary(house.tick(std::time::Instant::now()));
+    let held = house.app(&upstream.app).map_or(0, |app| app.room.len());
     let (sum, count) = (upstream.first_byte_sum_us.swap(0, Relaxed), upstream.first_bytes.swap(0, Relaxed));
     Activity {
         app: upstream.app.clone(),
@@ -315,6 +333,8 @@ fn activity_of(upstream: &Upstream) -> Activity {
         in_flight: upstream.in_flight(),
         requests: upstream.requests.swap(0, Relaxed),
         first_byte_us: sum.checked_div(u64::from(count)).unwrap_or(0),
+        window: Window { count: window.count, p50_us: window.p50_us, p90_us: window.p90_us },
+        held: u32::try_from(held).unwrap_or(u32::MAX),
     }
 }
 

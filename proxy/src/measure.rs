@@ -93,24 +93,32 @@ impl Stopwatch {
     }
 }
 
-/// Buckets of the first-byte histogram: two for each doubling from 64 µs on.
-const BUCKETS: usize = 48;
+/// Steps in each doubling of the histogram: a bucket is at most an eighth wider than its lower edge.
+const STEPS: usize = 8;
+/// Buckets of the first-byte histogram: up to a quarter of an hour.
+const BUCKETS: usize = 1 + 24 * STEPS;
+/// Length of a slot of the [`Window`], ms.
+const SLOT_MS: u128 = 100;
+/// Slots that are summed up: a second.
+const SUMMED: usize = 10;
+/// One more than are summed up, so that the oldest of them is not cleared under the reader.
+const SLOTS: usize = SUMMED + 1;
 
-/// First-byte times of one instance in the current and the last full second. Recording is a few relaxed atomics; a
-/// record that races the turn of the second may be lost, which a statistic survives.
-#[derive(Debug, Default)]
+/// First-byte times of one instance in the last second. Recording is a few relaxed atomics; a record that races the
+/// turn of a slot may be lost, which a statistic survives.
+#[derive(Debug)]
 pub struct Window {
-    seconds: [Second; 2],
+    slots: [Slot; SLOTS],
 }
 
 #[derive(Debug)]
-struct Second {
-    /// Which second (of the process's clock) plus one; 0: none yet.
+struct Slot {
+    /// Which tick (of the process's clock) plus one; 0: none yet.
     number: AtomicU64,
     buckets: [AtomicU32; BUCKETS],
 }
 
-/// What a [`Window`] knows of one second.
+/// What a [`Window`] knows of the last second.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Summary {
     /// Responses.
@@ -121,17 +129,24 @@ pub struct Summary {
     pub p90_us: u64,
 }
 
-impl Default for Second {
+/// The tick of a [`Window`]'s clock, `elapsed` after its begin.
+#[must_use]
+pub fn tick(elapsed: Duration) -> u64 {
+    u64::try_from(elapsed.as_millis() / SLOT_MS).unwrap_or(u64::MAX - 1)
+}
+
+impl Default for Window {
     fn default() -> Self {
-        Self { number: AtomicU64::new(0), buckets: std::array::from_fn(|_| AtomicU32::new(0)) }
+        let slot = || Slot { number: AtomicU64::new(0), buckets: std::array::from_fn(|_| AtomicU32::new(0)) };
+        Self { slots: std::array::from_fn(|_| slot()) }
     }
 }
 
 impl Window {
-    /// One first byte came after `us` µs, in second number `second`.
-    pub fn record(&self, second: u64, us: u64) {
-        let slot = &self.seconds[usize::from(second % 2 == 1)];
-        let wanted = second + 1;
+    /// One first byte came after `us` µs, at this [`tick`].
+    pub fn record(&self, tick: u64, us: u64) {
+        let slot = self.slot(tick);
+        let wanted = tick + 1;
         let number = slot.number.load(Relaxed);
         if number != wanted && slot.number.compare_exchange(number, wanted, Relaxed, Relaxed).is_ok() {
             slot.buckets.iter().for_each(|bucket| bucket.store(0, Relaxed));
@@ -139,14 +154,17 @@ impl Window {
         slot.buckets[bucket_of(us)].fetch_add(1, Relaxed);
     }
 
-    /// What second number `second` held, if it is the newest or the one before.
+    /// What the second that ends with `tick` held.
     #[must_use]
-    pub fn summary(&self, second: u64) -> Summary {
-        let slot = &self.seconds[usize::from(second % 2 == 1)];
-        if slot.number.load(Relaxed) != second + 1 {
-            return Summary::default();
+    pub fn summary(&self, tick: u64) -> Summary {
+        let mut counts = [0u32; BUCKETS];
+        for tick in tick.saturating_sub(SUMMED as u64 - 1)..=tick {
+            let slot = self.slot(tick);
+            if slot.number.load(Relaxed) == tick + 1 {
+                let buckets = counts.iter_mut().zip(&slot.buckets);
+                buckets.for_each(|(count, bucket)| *count += bucket.load(Relaxed));
+            }
         }
-        let counts: [u32; BUCKETS] = std::array::from_fn(|index| slot.buckets[index].load(Relaxed));
         let count: u32 = counts.iter().sum();
         let quantile = |tenths: u64| {
             let rank = (u64::from(count) * tenths).div_ceil(10).max(1);
@@ -164,6 +182,11 @@ impl Window {
         }
         Summary { count, p50_us: quantile(5), p90_us: quantile(9) }
     }
+
+    fn slot(&self, tick: u64) -> &Slot {
+        // The remainder is less than the number of slots.
+        &self.slots[usize::try_from(tick % SLOTS as u64).unwrap_or(0)]
+    }
 }
 
 fn bucket_of(us: u64) -> usize {
@@ -171,17 +194,16 @@ fn bucket_of(us: u64) -> usize {
         return 0;
     }
     let doubling = us.ilog2() - 6;
-    let half = (us >> (doubling + 5)) & 1;
-    (1 + doubling as usize * 2 + usize::from(half == 1)).min(BUCKETS - 1)
+    let step = (us >> (doubling + 3)) % STEPS as u64;
+    let bucket = 1 + u64::from(doubling) * STEPS as u64 + step;
+    usize::try_from(bucket).map_or(BUCKETS - 1, |bucket| bucket.min(BUCKETS - 1))
 }
 
 fn upper_edge(bucket: usize) -> u64 {
-    if bucket == 0 {
-        return 64;
-    }
-    let (doubling, half) = ((bucket - 1) / 2, (bucket - 1) % 2);
+    let Some(index) = bucket.checked_sub(1) else { return 64 };
+    let (doubling, step) = (index / STEPS, index % STEPS);
     let base = 64u64 << doubling;
-    if half == 0 { base + base / 2 } else { base * 2 }
+    base + base / STEPS as u64 * (step as u64 + 1)
 }
 
 #[cfg(test)]
@@ -209,17 +231,18 @@ mod tests {
     }
 
     #[test]
-    fn a_window_forgets_the_second_before_last() {
+    fn a_window_forgets_what_is_older_than_a_second() {
         let window = Window::default();
         for _ in 0..9 {
             window.record(10, 100);
         }
         window.record(10, 50_000);
-        assert_eq!(window.summary(10), Summary { count: 10, p50_us: 128, p90_us: 128 });
-        window.record(11, 1_000);
-        assert_eq!(window.summary(10).count, 10);
-        window.record(12, 1_000);
-        assert_eq!(window.summary(10), Summary::default());
-        assert_eq!(window.summary(12).count, 1);
+        assert_eq!(window.summary(10), Summary { count: 10, p50_us: 104, p90_us: 104 });
+        window.record(15, 1_000);
+        assert_eq!(window.summary(19).count, 11);
+        assert_eq!(window.summary(20).count, 1);
+        window.record(21, 1_000);
+        assert_eq!(window.summary(21).count, 2);
+        assert_eq!(window.summary(90), Summary::default());
     }
 }

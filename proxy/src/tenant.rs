@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering::Relaxed, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst},
     },
     time::Instant,
 };
@@ -25,8 +25,9 @@ use crate::{
     config::Config,
     hold::{Seats, WaitingRoom},
     link::Command,
+    measure,
     pages::Fault,
-    telemetry::Telemetry,
+    telemetry::{Telemetry, micros},
     upstream::{Fitness, Upstream},
 };
 
@@ -43,7 +44,7 @@ pub struct House {
     pub active: SegQueue<Arc<Upstream>>,
     /// Access log and recent requests.
     pub telemetry: Telemetry,
-    /// When the process's clock of seconds began.
+    /// When the windows' clock began.
     pub begun: Instant,
     /// Whether the launcher can be reached.
     pub linked: AtomicBool,
@@ -95,6 +96,8 @@ pub struct AppRuntime {
     ready: ArcSwap<Box<[Arc<Upstream>]>>,
     /// Copies of `scale.concurrency` and `scale.pick`, for the warm path.
     limit: AtomicU32,
+    /// `scale.response-time` in µs; `u64::MAX`: not judged.
+    slow_us: AtomicU64,
     pick: AtomicU8,
     waking: AtomicBool,
     removed: AtomicBool,
@@ -148,10 +151,16 @@ impl House {
         self.tenants().values().filter_map(Weak::upgrade).collect()
     }
 
-    /// The second of the process's clock at `now`.
+    /// The app of that name.
     #[must_use]
-    pub fn second(&self, now: Instant) -> u64 {
-        now.duration_since(self.begun).as_secs()
+    pub fn app(&self, name: &AppName) -> Option<Arc<AppRuntime>> {
+        self.tenants().get(name).and_then(Weak::upgrade)
+    }
+
+    /// The tick of the windows' clock at `now`.
+    #[must_use]
+    pub fn tick(&self, now: Instant) -> u64 {
+        measure::tick(now.duration_since(self.begun))
     }
 
     /// Sends the launcher something, by way of the link.
@@ -205,6 +214,7 @@ impl AppRuntime {
             house,
             ready: ArcSwap::new(Arc::new(Box::default())),
             limit: AtomicU32::new(0),
+            slow_us: AtomicU64::new(u64::MAX),
             pick: AtomicU8::new(0),
             waking: AtomicBool::new(false),
             removed: AtomicBool::new(false),
@@ -336,6 +346,12 @@ impl AppRuntime {
         self.known().upstreams.values().map(|(upstream, _)| Arc::clone(upstream)).collect()
     }
 
+    /// Whether its response time is judged.
+    #[must_use]
+    pub fn is_judged(&self) -> bool {
+        self.slow_us.load(Relaxed) != u64::MAX
+    }
+
     /// The house it belongs to.
     #[must_use]
     pub fn house(&self) -> &Arc<House> {
@@ -344,6 +360,7 @@ impl AppRuntime {
 
     fn configure(&self, app: Arc<App>) {
         self.limit.store(app.scale.concurrency.unwrap_or(u32::MAX), Relaxed);
+        self.slow_us.store(app.scale.response_time.map_or(u64::MAX, micros), Relaxed);
         self.pick.store(u8::from(app.scale.pick == Pick::P2c), Relaxed);
         self.spec.store(app);
     }
@@ -436,6 +453,15 @@ impl AppRuntime {
 }
 
 impl Lease {
+    /// The first byte came after `us` µs. When it shows that the instance has become too slow, the launcher hears of it now.
+    pub fn first_byte(&self, tick: u64, us: u64) {
+        self.upstream.first_byte(tick, us);
+        let slow_us = self.app.slow_us.load(Relaxed);
+        if us > slow_us && self.upstream.breaches(tick, slow_us) {
+            self.app.house.command(Command::Breach(Arc::clone(&self.upstream)));
+        }
+    }
+
     /// The instance has answered (or is known not to): the next held request may follow.
     pub fn opened(&self) {
         if self.opening.load(Relaxed) && self.opening.swap(false, SeqCst) {

@@ -23,6 +23,10 @@ use crate::{
 /// Most held requests that are on their way to an instance and not answered yet: more would overflow the app's accept
 /// queue, and a connection that does not fit there stalls for a second.
 const BURST: u32 = 100;
+/// Fewest responses that make a breach: one slow request says little.
+const BREACH_RESPONSES: u32 = 4;
+/// An instance's breach is told this often at most.
+const BREACH_EVERY_MS: u64 = 50;
 /// Tells two instances apart in Pingora's connection pool, whose key knows nothing of namespaces: never the same twice in a process.
 static NEXT_GROUP_KEY: AtomicU64 = AtomicU64::new(1);
 
@@ -61,6 +65,8 @@ pub struct Upstream {
     pub first_bytes: AtomicU32,
     /// Whether it is on the reporter's list.
     pub listed: AtomicBool,
+    /// When a breach was last looked for, ms since [`Self::known`] plus one; 0: never.
+    examined: AtomicU64,
     fitness: AtomicU8,
     in_flight: AtomicU32,
     opening: AtomicU32,
@@ -107,6 +113,7 @@ impl Upstream {
             first_byte_sum_us: AtomicU64::new(0),
             first_bytes: AtomicU32::new(0),
             listed: AtomicBool::new(false),
+            examined: AtomicU64::new(0),
             fitness: AtomicU8::new(fitness as u8),
             in_flight: AtomicU32::new(0),
             opening: AtomicU32::new(0),
@@ -250,11 +257,25 @@ impl Upstream {
     }
 
     /// Its first response byte came; the launcher hears of the first one.
-    pub fn first_byte(&self, second: u64, us: u64) {
-        self.window.record(second, us);
+    pub fn first_byte(&self, tick: u64, us: u64) {
+        self.window.record(tick, us);
         self.first_byte_sum_us.fetch_add(us, Relaxed);
         self.first_bytes.fetch_add(1, Relaxed);
         self.answered();
+    }
+
+    /// Whether more than one in ten first bytes of the last second came later than `limit_us`; `false` when it was asked a
+    /// moment ago. Asked only after a response that was slower than that, so that the others pay nothing.
+    #[must_use]
+    pub fn breaches(&self, tick: u64, limit_us: u64) -> bool {
+        let now = u64::try_from(self.known.elapsed().as_millis()).unwrap_or(u64::MAX - 1) + 1;
+        let last = self.examined.load(Relaxed);
+        if last != 0 && now < last + BREACH_EVERY_MS {
+            return false;
+        }
+        let mine = self.examined.compare_exchange(last, now, Relaxed, Relaxed).is_ok();
+        let summary = self.window.summary(tick);
+        mine && summary.count >= BREACH_RESPONSES && summary.p90_us > limit_us
     }
 
     /// It answered; the launcher hears of the first time.

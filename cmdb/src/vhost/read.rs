@@ -330,6 +330,7 @@ fn read_scale(reader: &mut Reader<'_>, section: Section<'_>) -> Scale {
         min: least,
         max: most,
         response_time: reader.duration_or_never(section, "response-time").unwrap_or(None),
+        cool_down: reader.duration(section, "cool-down").unwrap_or(Scale::usual_cool_down()),
         concurrency: reader.number(section, "concurrency", 1, 1_000_000).map(|n| n.value),
         pick: pick.unwrap_or_default(),
     }

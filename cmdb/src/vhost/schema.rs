@@ -185,7 +185,14 @@ pub(super) const KEYS: &[Key] = &[
     ),
     key("lifecycle", "stop-timeout", "a duration", "\"10s\"", "\"10s\"", "From SIGTERM to SIGKILL."),
     key("scale", "min", "a number", "0", "0", "Fewest instances."),
-    key("scale", "max", "a number", "1", "4", "Most instances. (Adding them by load is still to come.)"),
+    key(
+        "scale",
+        "max",
+        "a number",
+        "1",
+        "4",
+        "Most instances. They are added when the app is slower than `response-time` for want of CPU or of workers.",
+    ),
     key(
         "scale",
         "response-time",
@@ -193,6 +200,14 @@ pub(super) const KEYS: &[Key] = &[
         "\"never\"",
         "\"500ms\"",
         "First-byte time (p90 of the last second) above which the app counts as slow.",
+    ),
+    key(
+        "scale",
+        "cool-down",
+        "a duration",
+        "\"10s\"",
+        "\"10s\"",
+        "After a step of the scaler there is no other for so long; a raised quota is lowered, and an added instance ended, when all has been well for so long.",
     ),
     key(
         "scale",

@@ -41,6 +41,7 @@ pub(crate) fn app(name: &str, host: &str) -> App {
             min: 0,
             max: 2,
             response_time: None,
+            cool_down: Scale::usual_cool_down(),
             concurrency: None,
             pick: cmdb::app::Pick::Random,
         },

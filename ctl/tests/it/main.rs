@@ -23,5 +23,6 @@ mod hogs;
 mod images;
 mod isolation;
 mod lifecycle;
+mod scaling;
 mod sleep;
 mod wake;

@@ -267,6 +267,23 @@ pub struct Activity {
     pub requests: u32,
     /// Mean first-byte time since the last report, µs; 0 when none.
     pub first_byte_us: u64,
+    /// The first-byte times of the last second.
+    #[serde(default)]
+    pub window: Window,
+    /// Requests of the app that this proxy holds, because every instance is at `scale.concurrency` or none is ready.
+    #[serde(default)]
+    pub held: u32,
+}
+
+/// First-byte times of the last second.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Window {
+    /// Responses.
+    pub count: u32,
+    /// Half of them began within this time, µs.
+    pub p50_us: u64,
+    /// Nine of ten did.
+    pub p90_us: u64,
 }
 
 /// How an instance came to be ready.

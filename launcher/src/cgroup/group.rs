@@ -273,6 +273,15 @@ impl Group {
         })
     }
 
+    /// Microseconds in which a process of the group wanted a CPU and had none, be it for its own quota or for others on
+    /// the host; `None` where the kernel does not count it.
+    pub fn cpu_stalled_us(&self) -> Option<u64> {
+        let directory = &self.directories[self.roles.unified?];
+        let text = directory.run("read cpu.pressure", |fd| files::read(fd, "cpu.pressure")).ok()?;
+        let some = text.lines().find(|line| line.starts_with("some"))?;
+        some.rsplit("total=").next()?.trim().parse().ok()
+    }
+
     fn usage_us(&self) -> Result<u64, CgroupError> {
         if let Some(directory) = self.roles.cpuacct.map(|index| &self.directories[index]) {
             let text = directory.run("read cpuacct.usage", |fd| files::read(fd, "cpuacct.usage"))?;

@@ -54,6 +54,7 @@ impl Supervisor {
                 Stage::Starting | Stage::Stopping { .. } => {}
             }
         }
+        next = next.min(self.scaling_due().unwrap_or(next));
         match self.retry_at {
             Some(retry) if self.serving() < self.minimum() || self.wants_replacement() => next.min(retry),
             _ => next,
@@ -84,6 +85,7 @@ impl Supervisor {
         }
         self.replace_those_that_want_it(now).await;
         self.keep_minimum().await;
+        self.mind_scaling(now).await;
     }
 
     async fn end_if_idle(&mut self, generation: Generation, now: Instant) {
@@ -215,6 +217,7 @@ impl Supervisor {
     pub(super) fn report(&mut self, watcher: u64, activity: &Activity) {
         if let Some(running) = self.running.get_mut(&activity.generation) {
             running.report(watcher, activity);
+            self.look_sooner(activity);
         }
     }
 
@@ -253,6 +256,9 @@ impl Supervisor {
         // Back-off is about a configuration that failed; this is another one.
         drop(self.apply(Transition::ResetBackoff).await);
         self.retry_at = None;
+        if old.resources != self.app.resources || old.scale != self.app.scale {
+            self.begin_scaling_anew();
+        }
         if old.resources != self.app.resources {
             // Told in the events; the configuration holds for the next start all the same.
             let _ = self.apply_limits();
@@ -280,6 +286,7 @@ impl Supervisor {
         resources.memory = limits.memory.map_or(resources.memory, Bytes);
         resources.pids = limits.pids.unwrap_or(resources.pids);
         self.app = Arc::new(app);
+        self.begin_scaling_anew();
         self.apply_limits()
     }
 
@@ -291,7 +298,7 @@ impl Supervisor {
             let outcome = group
                 .set_memory(resources.memory.0)
                 .and_then(|()| group.set_pids(u64::from(resources.pids)))
-                .and_then(|()| if running.quota_applied { set_quota(group, &self.app) } else { Ok(()) });
+                .and_then(|()| if running.quota_applied { set_quota(group, self.quota()) } else { Ok(()) });
             let id = name(&self.app.name, *generation);
             let message = match outcome {
                 Ok(()) => format!("the limits of {id} were changed while it runs"),
@@ -306,17 +313,18 @@ impl Supervisor {
         result
     }
 
-    fn apply_quota(&mut self, generation: Generation) {
+    pub(super) fn apply_quota(&mut self, generation: Generation) {
         let Some(running) = self.running.get_mut(&generation) else { return };
         running.quota_applied = true;
         let Some(group) = running.group.clone() else { return };
-        if let Err(error) = set_quota(&group, &self.app) {
+        running.monitor.forget();
+        if let Err(error) = set_quota(&group, self.quota()) {
             self.emit("limits", generation, format!("its CPU quota could not be set: {error}"));
         }
     }
 
     /// Instances that serve or are about to.
-    fn serving(&self) -> u32 {
+    pub(super) fn serving(&self) -> u32 {
         u32::try_from(self.running.values().filter(|r| !r.is_ending()).count()).unwrap_or(u32::MAX)
     }
 
@@ -330,11 +338,11 @@ impl Supervisor {
             .any(|r| r.is_ready() && r.wants_replacement.is_some() && r.replacement.is_none())
     }
 
-    fn generations(&self) -> Vec<Generation> {
+    pub(super) fn generations(&self) -> Vec<Generation> {
         self.running.keys().copied().collect()
     }
 }
 
-fn set_quota(group: &Group, app: &App) -> Result<(), crate::cgroup::CgroupError> {
-    group.set_cpu(app.resources.cpu.map_or(CpuQuota::Unlimited, |cpu| CpuQuota::from_millicores(cpu.0)))
+fn set_quota(group: &Group, quota: Option<u32>) -> Result<(), crate::cgroup::CgroupError> {
+    group.set_cpu(quota.map_or(CpuQuota::Unlimited, CpuQuota::from_millicores))
 }

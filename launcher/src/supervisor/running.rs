@@ -13,7 +13,11 @@ use tokio::{sync::mpsc, time::Instant};
 use crate::{
     cgroup::Group,
     instance::{Control, Live},
+    monitor::Monitor,
 };
+
+/// A proxy's figures are about the last second, and say nothing about the one after.
+const REPORTS_HOLD: Duration = Duration::from_secs(1);
 
 /// One instance.
 #[derive(Debug)]
@@ -47,9 +51,12 @@ pub(super) struct Running {
     /// Whether a proxy's suspicion is being looked into.
     pub(super) examined: bool,
     adopted: bool,
+    /// What it got of the CPU.
+    pub(super) monitor: Monitor,
     control: mpsc::UnboundedSender<Control>,
     begun: Instant,
-    in_flight: HashMap<u64, u32>,
+    /// Of each proxy: what it last told, and when.
+    reports: HashMap<u64, (Activity, Instant)>,
 }
 
 /// Whether a ready instance sleeps.
@@ -124,9 +131,10 @@ impl Running {
             examined: false,
             rest: Rest::Awake,
             adopted: false,
+            monitor: Monitor::default(),
             control,
             begun: now,
-            in_flight: HashMap::new(),
+            reports: HashMap::new(),
         }
     }
 
@@ -224,14 +232,14 @@ impl Running {
 
     pub(super) fn report(&mut self, watcher: u64, activity: &Activity) {
         self.requests += u64::from(activity.requests);
-        self.in_flight.insert(watcher, activity.in_flight);
+        self.reports.insert(watcher, (activity.clone(), Instant::now()));
         if activity.requests > 0 || activity.in_flight > 0 {
             self.last_active = Instant::now();
         }
     }
 
     pub(super) fn quiesced(&mut self, watcher: u64) {
-        self.in_flight.remove(&watcher);
+        self.reports.remove(&watcher);
         if let Some(waits_for) = self.waits_for() {
             waits_for.remove(&watcher);
         }
@@ -258,7 +266,14 @@ impl Running {
 
     /// Requests under way, over all proxies.
     pub(super) fn in_flight(&self) -> u32 {
-        self.in_flight.values().fold(0, |sum, n| sum.saturating_add(*n))
+        self.reports.values().fold(0, |sum, (last, _)| sum.saturating_add(last.in_flight))
+    }
+
+    /// What the proxies told within the last second.
+    pub(super) fn recent_reports(&self) -> impl Iterator<Item = (u64, &Activity)> {
+        let now = Instant::now();
+        let recent = self.reports.iter().filter(move |(_, (_, at))| *at + REPORTS_HOLD > now);
+        recent.map(|(watcher, (activity, _))| (*watcher, activity))
     }
 
     pub(super) fn age(&self) -> Duration {

@@ -34,7 +34,7 @@ impl Supervisor {
             Some(if status.in_flight > 0 { 0 } else { ms(Instant::now() - running.last_active) });
         status.requests = running.requests;
         status.cpu_us = group.and_then(|g| g.cpu_stat().ok()).map(|s| s.usage_us);
-        status.cpu_limit = self.app.resources.cpu.filter(|_| running.quota_applied).map(|c| c.0);
+        status.cpu_limit = self.quota().filter(|_| running.quota_applied);
         status.memory_bytes = memory.map(|m| m.current);
         status.memory_limit = memory.and_then(|m| m.limit);
         status.pids = group.and_then(|g| g.pids_current().ok());

@@ -32,7 +32,7 @@ pub fn answered(house: &House, ctx: &mut Ctx, response: &ResponseHeader) {
     if whole_request_sent {
         let us = micros(now - waited_since);
         ctx.first_byte_us = Some(us);
-        lease.upstream.first_byte(house.second(now), us);
+        lease.first_byte(house.tick(now), us);
     } else {
         // It answered before it had read everything: no measure of its speed.
         lease.upstream.answered();

@@ -311,7 +311,14 @@ pub fn app(app: &str) -> App {
             drain_timeout: Duration::from_secs(10),
             stop_timeout: Duration::from_secs(1),
         },
-        scale: Scale { min: 0, max: 4, response_time: None, concurrency: None, pick: Pick::Random },
+        scale: Scale {
+            min: 0,
+            max: 4,
+            response_time: None,
+            cool_down: Scale::usual_cool_down(),
+            concurrency: None,
+            pick: Pick::Random,
+        },
         hold: Hold { queue: 1000, timeout: Duration::from_secs(15), page: false },
     }
 }

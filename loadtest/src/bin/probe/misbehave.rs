@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{UsageWho, getrusage};
 use serde_json::{Value, json};
 
 use crate::raw;
@@ -23,6 +24,32 @@ pub(crate) async fn spin(time: Duration) -> Value {
         turns
     });
     json!({ "turns": turns.await.ok() })
+}
+
+/// Burns so much CPU time on a thread of its own: unlike [`spin`] it takes longer when the CPU is short.
+pub(crate) async fn work(time: Duration) -> Value {
+    let worked = tokio::task::spawn_blocking(move || {
+        let begun = cpu_time();
+        let mut turns = 0_u64;
+        while cpu_time() < begun.saturating_add(time) {
+            for _ in 0..1_000 {
+                turns = std::hint::black_box(turns + 1);
+            }
+        }
+        turns
+    });
+    json!({ "turns": worked.await.ok() })
+}
+
+/// CPU time that this thread has used.
+fn cpu_time() -> Duration {
+    let micros = |time: nix::sys::time::TimeVal| {
+        Duration::from_secs(time.tv_sec().unsigned_abs())
+            + Duration::from_micros(time.tv_usec().unsigned_abs())
+    };
+    // It cannot fail for the calling thread; if it does all the same, the work is over at once.
+    getrusage(UsageWho::RUSAGE_THREAD)
+        .map_or(Duration::MAX, |usage| micros(usage.user_time()) + micros(usage.system_time()))
 }
 
 /// Takes memory a MiB at a time, touches every page and keeps it.

@@ -12,7 +12,7 @@
 //! | `/sse?events=N&ms=M` | server-sent events, without end if N is not given |
 //! | `/ws` | WebSocket echo |
 //! | `/close`, `/half` | closes without an answer; after 10 of 100 bytes |
-//! | `/spin?ms=N`, `/memhog?mib=N`, `/fdhog`, `/forkbomb`, `/exit?code=N`, `/log?line=TEXT` | see `misbehave` |
+//! | `/spin?ms=N`, `/work?ms=N`, `/memhog?mib=N`, `/fdhog`, `/forkbomb`, `/exit?code=N`, `/log?line=TEXT` | see `misbehave` |
 //! | `/escape` | JSON: attempts and facts, see `escape` and `facts` |
 
 use std::cell::Cell;
@@ -211,6 +211,7 @@ impl Probe {
                 json!({ "slept_ms": ms, "instance": hostname() })
             }
             "/spin" => misbehave::spin(Duration::from_millis(head.query_number("ms").unwrap_or(1000))).await,
+            "/work" => misbehave::work(Duration::from_millis(head.query_number("ms").unwrap_or(10))).await,
             "/memhog" => misbehave::take_memory(head.query_number("mib").unwrap_or(64)),
             "/fdhog" => misbehave::take_descriptors(),
             "/forkbomb" => misbehave::fork_without_end(),
