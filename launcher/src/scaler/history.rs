@@ -1,5 +1,7 @@
 //! What a scaler remembers: when it last acted, what was in vain, and since when things are as they are.
 
+use std::collections::VecDeque;
+
 use super::{Cure, Evidence, Policy, is_calm};
 
 /// A step back that was soon regretted makes the next one wait twice as long, up to so many cool-downs.
@@ -16,6 +18,8 @@ pub struct History {
     fine_since: Option<u64>,
     queue_since: Option<u64>,
     calm_since: Option<u64>,
+    /// Responses in a second, as counted over the last second: they come in bursts.
+    responses: VecDeque<(u64, u32)>,
     /// Cool-downs of calm before a step back.
     patience: u64,
 }
@@ -54,6 +58,7 @@ impl Default for History {
             fine_since: None,
             queue_since: None,
             calm_since: None,
+            responses: VecDeque::new(),
             patience: 1,
         }
     }
@@ -68,6 +73,8 @@ impl History {
         keep_since(&mut self.queue_since, evidence.queue() > 0, now);
         keep_since(&mut self.calm_since, is_calm(evidence, policy), now);
         keep_since(&mut self.fine_since, !slow && evidence.queue() == 0, now);
+        self.responses.retain(|(at, _)| at + 1_000 > now);
+        self.responses.push_back((now, evidence.responses));
         // All well for a while: what comes next is another matter.
         if lasts(self.fine_since, now) > policy.cool_down_ms.max(1_000) {
             self.in_vain.clear();
@@ -95,6 +102,12 @@ impl History {
             self.in_vain.retain(|(other, _)| *other != kind);
             self.in_vain.push((kind, demand));
         }
+    }
+
+    /// The most responses that were counted in a second lately.
+    #[must_use]
+    pub fn most_responses(&self) -> u32 {
+        self.responses.iter().map(|(_, count)| *count).max().unwrap_or(0)
     }
 
     /// Whether a step waits for its verdict.

@@ -205,7 +205,8 @@ impl Supervisor {
         self.scaling.history.stepped(cure, evidence, policy);
         let Some(kind) = Kind::of(cure).filter(|kind| *kind != Kind::Back) else { return };
         let judged_at = added.is_none().then(|| Instant::now() + JUDGED_AFTER);
-        self.scaling.trial = Some(Trial { kind, before: *evidence, added, judged_at });
+        let before = Evidence { responses: self.scaling.history.most_responses(), ..*evidence };
+        self.scaling.trial = Some(Trial { kind, before, added, judged_at });
     }
 
     fn set_quotas(&mut self, quota: Option<u32>) {
