@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use cmdb::{App, AppName, AppRecord, Generation, Outcome, State, Transition};
+use cmdb::{App, AppName, AppRecord, Generation, Outcome, Transition};
 use serde::{Deserialize, Serialize};
 
 /// Version of this protocol; a peer with another one is refused with a clear error.
@@ -408,10 +408,4 @@ impl Status {
     pub const ABSENT: &'static str = "absent";
     /// The state of an app whose starts failed lately.
     pub const BACKING_OFF: &'static str = "backing-off";
-
-    /// The word for an instance's state.
-    #[must_use]
-    pub fn word(state: State) -> &'static str {
-        state.as_str()
-    }
 }
