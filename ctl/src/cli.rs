@@ -7,7 +7,7 @@ use cmdb::{
     AppName,
     units::{Bytes, Millicores},
 };
-use launcher_client::paths::DEFAULT_STATE;
+use launcher_client::{GovernorMode, paths::DEFAULT_STATE};
 
 const ABOUT: &str = "\
 FastContainer: web apps in containers that the first request wakes, in milliseconds.
@@ -115,6 +115,13 @@ pub(crate) struct Up {
     /// Folder from which `[[volume]]` takes its folders; STATE/datapool if that is there
     #[arg(long, value_name = "DIR")]
     pub(crate) datapool: Option<PathBuf>,
+    /// How starts are admitted when many apps wake at once: `on`, by the CPU and memory that are free; `off`, all at once;
+    /// or a number, the most starts at a time
+    #[arg(long, value_name = "HOW", default_value_t)]
+    pub(crate) governor: GovernorMode,
+    /// Memory that starts leave to others, such as 1GiB; by default 1/32 of the host's, 64MiB to 512MiB
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) keep_free: Option<Bytes>,
 }
 
 const CHECK: &str = "\

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use cmdb::{AppName, Generation, embedded::EmbeddedStore};
-use launcher_client::paths::StateDir;
+use launcher_client::{GovernorMode, paths::StateDir};
 use nix::{
     fcntl::{Flock, FlockArg},
     libc::SIGKILL,
@@ -24,6 +24,7 @@ use tokio::{
 use crate::{
     api::{self, Identities},
     cgroup::Cgroups,
+    governor::{Governor, HostGauge},
     host::{Host, Parts},
     image::ImageStore,
     instance::Adoption,
@@ -50,6 +51,10 @@ pub struct Config {
     pub identities: Identities,
     /// Where volumes come from.
     pub datapool: Option<PathBuf>,
+    /// How starts are admitted.
+    pub governor: GovernorMode,
+    /// Memory that starts leave to others, bytes; `None`: a small part of what there is.
+    pub keep_free: Option<u64>,
     /// This program, to be started as the spawner.
     pub exe: PathBuf,
 }
@@ -82,6 +87,11 @@ pub async fn run(config: Config) -> Result<()> {
         images: ImageStore::new(&config.state.launcher().join("images")).context("the image store")?,
         staging: config.state.launcher().join("staging"),
         datapool: open_datapool(config.datapool.as_deref())?,
+        governor: Governor::new(
+            config.governor,
+            config.keep_free.unwrap_or_else(HostGauge::usual_reserve),
+            Box::new(HostGauge::default()),
+        ),
     }));
     tokio::spawn(route_events(Arc::clone(&host), spawner.events));
     adopt(&host, adoptions);

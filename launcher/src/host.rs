@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use crate::{
     cgroup::Cgroups,
     events::Events,
+    governor::Governor,
     image::ImageStore,
     instance::Live,
     keeper::{Keeper, KeeperEvent},
@@ -63,6 +64,8 @@ pub struct Host {
     pub watchers: Watchers,
     /// How busy this host is.
     pub meter: HostMeter,
+    /// Admits starts.
+    pub governor: Arc<Governor>,
     supervisors: Mutex<HashMap<AppName, mpsc::UnboundedSender<Message>>>,
     ids: Mutex<IdRanges>,
     ending: std::sync::atomic::AtomicBool,
@@ -100,6 +103,8 @@ pub struct Parts {
     pub staging: PathBuf,
     /// See [`Host::datapool`].
     pub datapool: Option<OwnedFd>,
+    /// See [`Host::governor`].
+    pub governor: Arc<Governor>,
 }
 
 impl Host {
@@ -120,6 +125,7 @@ impl Host {
             live: Mutex::default(),
             watchers: Watchers::default(),
             meter: HostMeter::default(),
+            governor: parts.governor,
             supervisors: Mutex::default(),
             ids: Mutex::default(),
             ending: std::sync::atomic::AtomicBool::new(false),

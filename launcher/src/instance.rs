@@ -1,5 +1,6 @@
 //! One instance's life: a task that owns its container, from the image to the removed cgroup.
 
+mod admission;
 mod adoption;
 mod plan;
 
@@ -12,6 +13,7 @@ use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     cgroup::{Group, Limits},
+    governor::{Slot, Why},
     host::{Host, lock},
     image::Lease,
     keeper::{Created, Exit, KeeperError, KeeperEvent, Listening},
@@ -49,6 +51,22 @@ pub struct Live {
 /// What an instance's task tells its supervisor.
 #[derive(Debug)]
 pub enum Note {
+    /// It waits for a start slot.
+    Waits {
+        /// Which.
+        generation: Generation,
+        /// Why.
+        why: Why,
+    },
+    /// It has one.
+    Admitted {
+        /// Which.
+        generation: Generation,
+        /// Held until it listens or ends.
+        slot: Slot,
+        /// How long it has waited, if it has.
+        waited: Option<Duration>,
+    },
     /// Its process exists.
     Created {
         /// Which.
@@ -96,6 +114,8 @@ pub struct Launch {
     pub app: Arc<App>,
     /// Which generation this is.
     pub generation: Generation,
+    /// Whether nothing of the app runs, so that somebody waits for this start.
+    pub first: bool,
     /// Where its output is kept.
     pub output: Arc<Output>,
     /// Whom to tell.
@@ -121,18 +141,32 @@ impl Launch {
     pub async fn run(mut self) {
         let container = self.container();
         let mut events = self.route(&container);
-        let deadline = Instant::now() + self.app.lifecycle.start_timeout;
         let mut captures = Vec::new();
-        let end = match tokio::time::timeout_at(deadline, self.make(&mut captures, &mut events)).await {
-            Ok(Ok(made)) => self.live(made, &mut events, deadline).await,
+        let mut trace = Trace::begin();
+        let end = match self.enter(&mut trace).await {
+            Ok(()) => self.start(&container, trace, &mut captures, &mut events).await,
+            Err(end) => end,
+        };
+        self.over(&container, captures, end).await;
+    }
+
+    async fn start(
+        &mut self,
+        container: &ContainerId,
+        trace: Trace,
+        captures: &mut Vec<Capture>,
+        events: &mut mpsc::UnboundedReceiver<KeeperEvent>,
+    ) -> End {
+        let deadline = Instant::now() + self.app.lifecycle.start_timeout;
+        match tokio::time::timeout_at(deadline, self.make(trace, captures, events)).await {
+            Ok(Ok(made)) => self.live(made, events, deadline).await,
             Ok(Err(end)) => end,
             Err(_) => {
                 // `create` may have come to pass all the same: then it is ended like any other.
-                self.host.keeper.kill(&container, SIGKILL);
+                self.host.keeper.kill(container, SIGKILL);
                 self.timed_out("was not made")
             }
-        };
-        self.over(&container, captures, end).await;
+        }
     }
 
     /// Lives on the life of an instance that an earlier daemon began.
@@ -169,11 +203,10 @@ impl Launch {
     /// Image, cgroup, pipes, plan, process.
     async fn make(
         &self,
+        mut trace: Trace,
         captures: &mut Vec<Capture>,
         events: &mut mpsc::UnboundedReceiver<KeeperEvent>,
     ) -> Result<Made, End> {
-        let mut trace = Trace::begin();
-
         let image = self.host.images.resolve(&self.app.container.image).await.map_err(|e| self.cannot(&e))?;
         trace.lap("image");
 
@@ -183,6 +216,7 @@ impl Launch {
         };
         let container = self.container();
         let group = self.host.cgroups.create(&container, &limits).map_err(|e| self.cannot(&e))?;
+        self.give_way(&group);
         let (cgroup_tasks, cgroup_dir) = group.join_fds().map_err(|e| self.cannot(&e))?;
         trace.lap("cgroup");
 
@@ -349,7 +383,9 @@ impl Launch {
     }
 
     fn ended(&self, group: &Group, exit: Exit, failure: Option<End>) -> End {
-        let oom = group.memory().is_ok_and(|m| m.oom_kills > 0);
+        let memory = group.memory().unwrap_or_default();
+        self.host.governor.learn(&self.app.name, memory.peak.unwrap_or(memory.current));
+        let oom = memory.oom_kills > 0;
         let how = match exit {
             Exit::Code(code) => format!("exited with status {code}"),
             Exit::Signal(SIGKILL) if oom => {

@@ -4,8 +4,12 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
+use cmdb::units::Bytes;
 use launcher::{api::Identities, daemon};
-use launcher_client::paths::{COREAPI_UID, DEFAULT_STATE, GROUP_ID, PROXY_UID, StateDir};
+use launcher_client::{
+    GovernorMode,
+    paths::{COREAPI_UID, DEFAULT_STATE, GROUP_ID, PROXY_UID, StateDir},
+};
 
 /// Creates, limits, watches and ends containers. Runs as root; `fastcontainer up` starts it.
 #[derive(Debug, Parser)]
@@ -22,6 +26,13 @@ struct Arguments {
     /// Shared folder from which volumes come.
     #[arg(long)]
     datapool: Option<PathBuf>,
+    /// How starts are admitted: `on`, by the CPU and memory that are free; `off`, every start at once; or a number, the
+    /// most starts at a time.
+    #[arg(long, default_value_t)]
+    governor: GovernorMode,
+    /// Memory that starts leave to others, such as 1GiB; by default 1/32 of the host's, 64MiB to 512MiB.
+    #[arg(long)]
+    keep_free: Option<Bytes>,
     /// Group that may reach the socket.
     #[arg(long, default_value_t = GROUP_ID)]
     gid: u32,
@@ -80,6 +91,8 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
         gid: arguments.gid,
         identities: Identities { coreapi: arguments.coreapi_uid, proxy: arguments.proxy_uid },
         datapool: arguments.datapool,
+        governor: arguments.governor,
+        keep_free: arguments.keep_free.map(|bytes| bytes.0),
         exe: std::env::current_exe()?,
     };
     tokio::runtime::Builder::new_multi_thread()

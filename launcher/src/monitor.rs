@@ -54,8 +54,9 @@ pub struct HostLoad {
     pub memory_stalled: u32,
 }
 
+/// What the kernel has counted until now.
 #[derive(Clone, Copy, Debug, Default)]
-struct HostSample {
+pub(crate) struct HostSample {
     busy: u64,
     total: u64,
     memory_stalled_us: u64,
@@ -143,7 +144,7 @@ impl HostMeter {
 }
 
 impl HostSample {
-    fn take() -> Self {
+    pub(crate) fn take() -> Self {
         let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
         let pressure = fs::read_to_string("/proc/pressure/memory").unwrap_or_default();
         Self { memory_stalled_us: stalled_us(&pressure), ..Self::of_stat(&stat) }
@@ -165,7 +166,7 @@ impl HostSample {
         Self { busy: total.saturating_sub(nice + idle + iowait), total, memory_stalled_us: 0 }
     }
 
-    fn since(&self, before: &Self, time: Duration) -> HostLoad {
+    pub(crate) fn since(&self, before: &Self, time: Duration) -> HostLoad {
         let us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         HostLoad {
             busy: per_mille(self.busy.saturating_sub(before.busy), self.total.saturating_sub(before.total)),

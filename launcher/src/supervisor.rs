@@ -6,6 +6,7 @@
 mod adopt;
 mod duties;
 mod rest;
+mod room;
 mod running;
 mod scaling;
 mod status;
@@ -156,6 +157,7 @@ impl Supervisor {
         }
         if self.removed {
             self.host.free_ids(&self.app.name);
+            self.host.governor.forget(&self.app.name);
         }
     }
 
@@ -258,11 +260,13 @@ impl Supervisor {
     /// Makes room for an instance; what it lives by.
     fn admit(&mut self, generation: Generation, replaces: Option<Generation>) -> Launch {
         let (control, inbox) = mpsc::unbounded_channel();
+        let first = !self.running.values().any(|r| !r.is_ending());
         self.running.insert(generation, Running::starting(control, Arc::clone(&self.app), replaces));
         Launch {
             host: Arc::clone(&self.host),
             app: Arc::clone(&self.app),
             generation,
+            first,
             output: Arc::clone(&self.output),
             supervisor: self.own.clone(),
             control: inbox,
@@ -271,6 +275,8 @@ impl Supervisor {
 
     async fn note(&mut self, note: Note) {
         match note {
+            Note::Waits { generation, why } => self.waits(generation, &why),
+            Note::Admitted { generation, slot, waited } => self.admitted(generation, slot, waited),
             Note::Created { generation, pid, group, image } => {
                 if let Some(running) = self.running.get_mut(&generation) {
                     running.created(pid, group, image);
@@ -309,6 +315,7 @@ impl Supervisor {
         let took = Duration::from_micros(timing.total_us);
         let message = format!("{} listens on port {} after {took:.1?}", live.id, live.port);
         self.emit("ready", generation, message);
+        self.started(generation);
         self.retry_at = None;
         if self.timings.len() == TIMINGS_KEPT {
             self.timings.remove(0);
@@ -329,6 +336,8 @@ impl Supervisor {
         if running.is_ending() {
             drop(self.apply(Transition::Gone { generation }).await);
             self.emit("stopped", generation, format!("{id} ended after {age:.1?}: {}", running.why_ending()));
+        } else if end.code == RefusalCode::Busy {
+            self.no_room(generation, &running, end.reason).await;
         } else {
             let was_starting = matches!(running.stage, Stage::Starting);
             drop(self.apply(Transition::Failed { generation, reason: end.reason.clone() }).await);
@@ -427,7 +436,8 @@ impl Supervisor {
         self.host.events.emit(kind, Some(&self.app.name), Some(generation), message);
     }
 
+    /// How long a start may take at most: it may wait for a slot for as long as it may take from then on.
     fn start_timeout_ms(&self) -> u64 {
-        u64::try_from(self.app.lifecycle.start_timeout.as_millis()).unwrap_or(u64::MAX)
+        u64::try_from(self.app.lifecycle.start_timeout.as_millis()).unwrap_or(u64::MAX).saturating_mul(2)
     }
 }

@@ -204,10 +204,11 @@ async fn wake(app: Arc<AppRuntime>, mut line: Line) {
             Err(ClientError::Refused(refusal)) => {
                 // The launcher may learn of a new app a moment after this proxy did, or have begun to end an instance,
                 // or itself.
+                // A time to come again is no race: the host has no room.
                 let race = matches!(
                     refusal.code,
                     RefusalCode::UnknownApp | RefusalCode::UnknownInstance | RefusalCode::Busy
-                );
+                ) && refusal.retry_after_ms.is_none();
                 // Nobody is sent away for a moment that is over before they could come back.
                 let moment = refusal.retry_after_ms.filter(|ms| *ms <= SHORT_BACKOFF_MS);
                 if let (RefusalCode::Backoff, Some(ms)) = (refusal.code, moment) {

@@ -120,6 +120,10 @@ async fn start(
     if let Some(datapool) = folder::datapool(root, options.datapool.as_deref())? {
         args.extend(["--datapool".into(), datapool.into()]);
     }
+    args.extend(["--governor".into(), options.governor.to_string().into()]);
+    if let Some(keep_free) = options.keep_free {
+        args.extend(["--keep-free".into(), keep_free.0.to_string().into()]);
+    }
     let grace = Duration::from_secs(40);
     kept.push(Service { name: LAUNCHER, program: launcher.clone(), args, grace }.keep());
     let socket = state.launcher_socket();

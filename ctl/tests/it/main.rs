@@ -25,4 +25,5 @@ mod isolation;
 mod lifecycle;
 mod scaling;
 mod sleep;
+mod storm;
 mod wake;

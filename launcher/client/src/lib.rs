@@ -5,8 +5,10 @@
 
 pub mod admin;
 mod client;
+mod governor;
 pub mod packet;
 pub mod paths;
 pub mod wire;
 
 pub use client::{Client, ClientError, Woken};
+pub use governor::{GovernorMode, ModeError};

@@ -293,7 +293,7 @@ pub struct WakeTiming {
     pub begun_us: u64,
     /// From then until it listened, µs.
     pub total_us: u64,
-    /// The parts in order, which sum to the whole: `image`, `cgroup`, `spawner` (handing over), the sandbox's steps, `app`
+    /// The parts in order, which sum to the whole: `start-slot` (waiting for one, if it had to), `image`, `cgroup`, `spawner` (handing over), the sandbox's steps, `app`
     /// (exec until listen), `notice` (until the launcher knew).
     pub steps: Vec<Step>,
     /// Whether the app ran already when the request came (nothing was started).
@@ -355,7 +355,8 @@ pub struct Event {
     pub seq: u64,
     /// ms since the Unix epoch.
     pub at_unix_ms: u64,
-    /// `wake`, `ready`, `first-byte`, `draining`, `stopped`, `exited`, `start-failed`, `back-off`, `oom`, `config-applied`,
+    /// `wake`, `ready`, `first-byte`, `draining`, `stopped`, `exited`, `start-failed`, `back-off`, `oom`, `start-waits`,
+    /// `start-admitted`, `no-room`, `config-applied`,
     /// `config-removed`, `config-error`, `suspect`, `launcher-started`, …
     pub kind: String,
     /// About which app.

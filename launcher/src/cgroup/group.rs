@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::layout::{Hierarchy, Layout, Version};
-use super::{CgroupError, CpuQuota, files, remove_dir};
+use super::{CgroupError, CpuQuota, CpuWeight, files, remove_dir};
 
 /// How long the removal of a group waits for its last task to be buried.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -207,6 +207,21 @@ impl Group {
         }
         *last = Some(quota);
         Ok(())
+    }
+
+    /// Sets how much of a busy CPU the group gets beside others.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn set_weight(&self, weight: CpuWeight) -> Result<(), CgroupError> {
+        let directory = self.directory(self.roles.cpu, "cpu")?;
+        let (file, value) = match (directory.version, weight) {
+            (Version::V2, CpuWeight::Usual) => ("cpu.weight", "100"),
+            (Version::V2, CpuWeight::Starting) => ("cpu.weight", "12"),
+            (Version::V1, CpuWeight::Usual) => ("cpu.shares", "1024"),
+            (Version::V1, CpuWeight::Starting) => ("cpu.shares", "128"),
+        };
+        directory.run("set the CPU weight", |fd| files::write(fd, file, value))
     }
 
     /// Sets the memory limit, in bytes; it bounds swap too where the kernel can: v1 counts memory and swap together,

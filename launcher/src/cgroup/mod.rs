@@ -18,7 +18,7 @@ use rustix::io::Errno;
 use crate::sandbox::ContainerId;
 pub use group::{CpuStat, Group, MemoryStat};
 pub use layout::{Layout, Version};
-pub use quota::CpuQuota;
+pub use quota::{CpuQuota, CpuWeight};
 
 /// Limits that hold from the start; the CPU quota comes later ([`Group::set_cpu`]).
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]

@@ -20,6 +20,15 @@ pub enum CpuQuota {
     },
 }
 
+/// How much of a busy CPU a group gets beside others; of an idle one each gets all that it wants.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum CpuWeight {
+    /// The kernel's default.
+    Usual,
+    /// An eighth of it: a start has no quota, and gives way to what serves.
+    Starting,
+}
+
 impl CpuQuota {
     /// A quota in thousandths of a core (`300` = 30 % of one core); 0 counts as 1, the least there is.
     pub fn from_millicores(millicores: u32) -> CpuQuota {

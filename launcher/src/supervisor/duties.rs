@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::{Limits, Message, Stage, Supervisor, running::Rest};
 use crate::{
-    cgroup::{CpuQuota, Group},
+    cgroup::{CpuQuota, CpuWeight, Group},
     instance::name,
     ready,
 };
@@ -315,9 +315,12 @@ impl Supervisor {
 
     pub(super) fn apply_quota(&mut self, generation: Generation) {
         let Some(running) = self.running.get_mut(&generation) else { return };
-        running.quota_applied = true;
+        let begins = !std::mem::replace(&mut running.quota_applied, true);
         let Some(group) = running.group.clone() else { return };
         running.monitor.forget();
+        if begins && let Err(error) = group.set_weight(CpuWeight::Usual) {
+            tracing::warn!(container = group.name(), %error, "it goes on giving way to others");
+        }
         if let Err(error) = set_quota(&group, self.quota()) {
             self.emit("limits", generation, format!("its CPU quota could not be set: {error}"));
         }

@@ -12,6 +12,7 @@ use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     cgroup::Group,
+    governor::Slot,
     instance::{Control, Live},
     monitor::Monitor,
 };
@@ -44,6 +45,10 @@ pub(super) struct Running {
     pub(super) requests: u64,
     /// When it last had a request under way.
     pub(super) last_active: Instant,
+    /// Its place among the starts under way, until it listens.
+    pub(super) slot: Option<Slot>,
+    /// Why it has none yet; empty: it has, or had.
+    pub(super) waits: String,
     /// Whether its CPU quota is in force.
     pub(super) quota_applied: bool,
     /// Whether it sleeps while it is ready.
@@ -127,6 +132,8 @@ impl Running {
             image: String::new(),
             requests: 0,
             last_active: now,
+            slot: None,
+            waits: String::new(),
             quota_applied: false,
             examined: false,
             rest: Rest::Awake,

@@ -25,7 +25,7 @@ impl Supervisor {
         let mut status = absent(&self.app, None);
         status.generation = Some(generation);
         status.state = running.state().as_str().to_owned();
-        running.why_ending().clone_into(&mut status.reason);
+        status.reason = [running.waits.as_str(), running.why_ending()].concat();
         status.pid = running.pid;
         status.port = running.live().map(|(live, _)| live.port);
         status.age_ms = Some(ms(running.age()));
