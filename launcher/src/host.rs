@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use crate::{
     cgroup::Cgroups,
     events::Events,
+    faults::Faults,
     image::ImageStore,
     instance::Live,
     keeper::{Keeper, KeeperEvent},
@@ -59,6 +60,8 @@ pub struct Host {
     pub routes: Mutex<HashMap<ContainerId, mpsc::UnboundedSender<KeeperEvent>>>,
     /// Instances that listen.
     pub live: Mutex<HashMap<InstanceId, Arc<Live>>>,
+    /// Starts that fail on purpose; none but in tests.
+    pub faults: Faults,
     /// Proxies that serve traffic now.
     pub watchers: Watchers,
     /// How busy this host is.
@@ -118,6 +121,7 @@ impl Host {
             datapool: parts.datapool,
             routes: Mutex::default(),
             live: Mutex::default(),
+            faults: Faults::from_env(),
             watchers: Watchers::default(),
             meter: HostMeter::default(),
             supervisors: Mutex::default(),

@@ -7,6 +7,7 @@ pub mod cgroup;
 mod clock;
 pub mod daemon;
 pub mod events;
+pub mod faults;
 pub mod host;
 pub mod image;
 pub mod instance;

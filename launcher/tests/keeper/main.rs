@@ -7,6 +7,7 @@
     reason = "a test may fail anywhere"
 )]
 
+mod chaos;
 mod lab;
 
 use std::time::Duration;
