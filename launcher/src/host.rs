@@ -18,6 +18,7 @@ use crate::{
     cgroup::Cgroups,
     events::Events,
     governor::Governor,
+    faults::Faults,
     image::ImageStore,
     instance::Live,
     keeper::{Keeper, KeeperEvent},
@@ -60,6 +61,8 @@ pub struct Host {
     pub routes: Mutex<HashMap<ContainerId, mpsc::UnboundedSender<KeeperEvent>>>,
     /// Instances that listen.
     pub live: Mutex<HashMap<InstanceId, Arc<Live>>>,
+    /// Starts that fail on purpose; none but in tests.
+    pub faults: Faults,
     /// Proxies that serve traffic now.
     pub watchers: Watchers,
     /// How busy this host is.
@@ -123,6 +126,7 @@ impl Host {
             datapool: parts.datapool,
             routes: Mutex::default(),
             live: Mutex::default(),
+            faults: Faults::from_env(),
             watchers: Watchers::default(),
             meter: HostMeter::default(),
             governor: parts.governor,

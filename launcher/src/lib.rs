@@ -8,6 +8,7 @@ mod clock;
 pub mod daemon;
 pub mod events;
 pub mod governor;
+pub mod faults;
 pub mod host;
 pub mod image;
 pub mod instance;

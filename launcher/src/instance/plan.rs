@@ -51,6 +51,7 @@ impl Launch {
                 .map(|v| VolumePlan { target: v.target.clone(), read_only: v.read_only })
                 .collect(),
             staging: self.host.staging.to_string_lossy().into_owned(),
+            fault: self.host.faults.of(&self.container()),
         })
     }
 

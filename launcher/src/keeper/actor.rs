@@ -41,6 +41,9 @@ struct Entry {
     port: Option<u16>,
     pidfd: Option<SharedFd>,
     notify: Option<OwnedFd>,
+    /// For the next spawner, which is to hold and tell them as this one does: [`Plan::note`], [`PlanFds::outputs`].
+    note: String,
+    outputs: Vec<OwnedFd>,
     execed: bool,
     listening: Option<Listening>,
     /// Its maker is gone: how it ends cannot be known.
@@ -75,6 +78,7 @@ pub(super) async fn start(
             Some(pidfd) => Some(Arc::new(pidfd.try_clone()?)),
             None => None,
         };
+        let kept: io::Result<Vec<OwnedFd>> = outputs.iter().map(OwnedFd::try_clone).collect();
         if state.exited.is_some() || shared.is_none() {
             actor.tell(&Request::Forget { id: state.id.clone() }).await;
         } else {
@@ -83,6 +87,8 @@ pub(super) async fn start(
                 port: state.port,
                 pidfd: shared,
                 notify,
+                note: state.note.clone(),
+                outputs: kept?,
                 execed: state.execed,
                 listening: state.listening,
                 orphan: false,
@@ -141,6 +147,12 @@ impl Actor {
             let _ = reply.send(Err(KeeperError::Exists { id }));
             return;
         };
+        let outputs: io::Result<Vec<OwnedFd>> = fds.outputs.iter().map(OwnedFd::try_clone).collect();
+        let outputs = match outputs {
+            Ok(outputs) => outputs,
+            Err(error) => return drop(reply.send(Err(KeeperError::Send { id, error }))),
+        };
+        let note = plan.note.clone();
         let (counts, row) = FdCounts::pack(fds);
         let borrowed: Vec<_> = row.iter().map(AsFd::as_fd).collect();
         let sent = match &self.link {
@@ -154,6 +166,8 @@ impl Actor {
                     port,
                     pidfd: None,
                     notify: None,
+                    note,
+                    outputs,
                     execed: false,
                     listening: None,
                     orphan: false,
@@ -374,9 +388,11 @@ impl Actor {
             port: entry.port,
             listening: entry.listening,
             notify: entry.notify.is_some(),
+            note: entry.note.clone(),
         };
-        let fds: Vec<_> =
-            [Some(pidfd.as_fd()), entry.notify.as_ref().map(AsFd::as_fd)].into_iter().flatten().collect();
+        let mut fds = vec![pidfd.as_fd()];
+        fds.extend(entry.notify.as_ref().map(AsFd::as_fd));
+        fds.extend(entry.outputs.iter().map(AsFd::as_fd));
         if let Some(link) = &self.link
             && let Err(error) = link.send(&request, &fds).await
         {

@@ -28,14 +28,21 @@ pub(super) struct Inheritance<'a> {
 }
 
 /// Makes the container around this process and becomes the app. Returns only the failure.
-pub(super) fn become_container(given: Inheritance<'_>, reporter: &Reporter, mut steps: Steps) -> StepError {
+pub(super) fn become_container(
+    given: Inheritance<'_>,
+    reporter: &Reporter,
+    mut steps: Steps<'_>,
+) -> StepError {
     match prepare(given, reporter, &mut steps) {
-        Ok(program) => program.exec().at("exec"),
+        Ok(program) => match steps.fail_on_purpose("exec", false) {
+            Ok(()) => program.exec().at("exec"),
+            Err(error) => error,
+        },
         Err(error) => error,
     }
 }
 
-fn prepare(given: Inheritance<'_>, reporter: &Reporter, steps: &mut Steps) -> Result<Program, StepError> {
+fn prepare(given: Inheritance<'_>, reporter: &Reporter, steps: &mut Steps<'_>) -> Result<Program, StepError> {
     let plan = given.plan;
 
     // Ours alone first: die with the spawner, hold none of its descriptors, be counted and limited.
@@ -89,6 +96,7 @@ fn prepare(given: Inheritance<'_>, reporter: &Reporter, steps: &mut Steps) -> Re
 
     // Nothing comes after the filter but telling, and exec.
     steps.run("report listener", || reporter.listener(listener))?;
+    steps.fail_on_purpose("report timings", false)?;
     reporter.execed(steps.timings()).map_err(|failure| failure.at("report timings"))?;
     Ok(program)
 }

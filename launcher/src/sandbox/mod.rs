@@ -22,7 +22,8 @@ mod sys;
 mod user;
 mod userns;
 
-pub use plan::{ContainerId, Plan, PlanFds, StepError, StepTiming, VolumePlan};
+pub use plan::{ContainerId, Fault, Plan, PlanFds, StepError, StepTiming, VolumePlan};
 pub use report::Report;
 pub use start::{Started, start};
+pub use step::STEPS;
 pub use userns::{IDS, UserNs};

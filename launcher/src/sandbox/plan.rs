@@ -49,6 +49,20 @@ pub struct Plan {
     pub note: String,
     /// An empty directory of the host where the new root is staged, inside the container's private mount namespace.
     pub staging: String,
+    /// A step that is to fail; for tests. The daemon plans none in a release build, and nobody else makes plans.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fault: Option<Fault>,
+}
+
+/// A failure that a test wants at one step of a creation, to see that nothing is left behind.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Fault {
+    /// Name of the step, as [`StepTiming`] and [`StepError`] have it.
+    pub step: String,
+    /// The system's error number that it is to fail with.
+    pub errno: i32,
+    /// Whether the step does its work before it fails, so that there is something to be undone.
+    pub done: bool,
 }
 
 /// One volume of a [`Plan`].

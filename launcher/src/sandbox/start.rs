@@ -39,7 +39,7 @@ pub struct Started {
 /// first process is the caller's child (SIGCHLD) and has to be reaped. If it fails before exec, it says so on `report`
 /// and exits with 125; all that was made of the container but its cgroups ends with it.
 pub fn start(plan: &Plan, fds: PlanFds, userns: &UserNs) -> Result<Started, StepError> {
-    let mut steps = Steps::begin();
+    let mut steps = Steps::begin(plan.fault.as_ref());
     steps.run("check plan", || check(plan, &fds, userns))?;
     let filters = Filters::prepared();
     let layers = steps.run("open layers", || open_layers(&fds, userns))?;
@@ -51,6 +51,7 @@ pub fn start(plan: &Plan, fds: PlanFds, userns: &UserNs) -> Result<Started, Step
         pair.about("socketpair")
     })?;
 
+    steps.fail_on_purpose("clone", false)?;
     let flags = u64::try_from(NAMESPACES).unwrap_or(0) | sys::CLONE_CLEAR_SIGHAND;
     let cloned = sys::clone3(flags, libc::SIGCHLD, fds.cgroup_dir.as_ref().map(AsFd::as_fd));
     match cloned.map_err(|error| Failure::from(error).at("clone"))? {
@@ -75,7 +76,7 @@ pub fn start(plan: &Plan, fds: PlanFds, userns: &UserNs) -> Result<Started, Step
 }
 
 /// The child's life; not even a panic leads from here back into the spawner's code.
-fn run_child(given: Inheritance<'_>, reporter: &Reporter, mut steps: Steps) -> ! {
+fn run_child(given: Inheritance<'_>, reporter: &Reporter, mut steps: Steps<'_>) -> ! {
     steps.lap("clone");
     let error = catch_unwind(AssertUnwindSafe(|| become_container(given, reporter, steps)));
     let error = error.unwrap_or_else(|_| Failure::new(libc::EFAULT, "a panic in the launcher").at("create"));

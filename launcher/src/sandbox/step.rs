@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::plan::{StepError, StepTiming};
+use super::plan::{Fault, StepError, StepTiming};
 
 /// What went wrong inside a step; the step's name is added by [`Steps::run`].
 #[derive(Debug)]
@@ -74,16 +74,64 @@ impl<T, E: Into<Failure>> About<T> for Result<T, E> {
     }
 }
 
+/// The names of all steps, in the order of execution.
+pub const STEPS: [&str; 43] = [
+    "check plan",
+    "open layers",
+    "open volumes",
+    "read oom score",
+    "open report socket",
+    "clone",
+    "die with parent",
+    "close inherited descriptors",
+    "join cgroups",
+    "unshare cgroup namespace",
+    "new session",
+    "reset oom score",
+    "make mounts private",
+    "mount staging",
+    "attach layers",
+    "provide files",
+    "mount overlay",
+    "check image directories",
+    "look up user",
+    "write sysctls",
+    "loopback up",
+    "mount volumes",
+    "mount proc",
+    "mount dev",
+    "mount devpts",
+    "mount shm",
+    "mount sys",
+    "pivot root",
+    "set hostname",
+    "set limits",
+    "new keyring",
+    "connect output",
+    "enter user namespace",
+    "limit capabilities",
+    "become user",
+    "drop capabilities",
+    "no new privileges",
+    "enter workdir",
+    "prepare exec",
+    "install seccomp",
+    "report listener",
+    "report timings",
+    "exec",
+];
+
 /// Runs steps and remembers how long each took.
-pub(super) struct Steps {
+pub(super) struct Steps<'a> {
     lap: Instant,
+    fault: Option<&'a Fault>,
     timings: Vec<StepTiming>,
 }
 
-impl Steps {
-    /// Starts the clock of the first step.
-    pub(super) fn begin() -> Steps {
-        Steps { lap: Instant::now(), timings: Vec::with_capacity(48) }
+impl<'a> Steps<'a> {
+    /// Starts the clock of the first step; a test may want one of them to fail.
+    pub(super) fn begin(fault: Option<&'a Fault>) -> Steps<'a> {
+        Steps { lap: Instant::now(), fault, timings: Vec::with_capacity(48) }
     }
 
     /// Runs one step; its time includes whatever passed since the step before, so that the sum is the whole.
@@ -92,9 +140,21 @@ impl Steps {
         name: &str,
         step: impl FnOnce() -> Result<T, Failure>,
     ) -> Result<T, StepError> {
+        self.fail_on_purpose(name, false)?;
         let value = step().map_err(|failure| failure.at(name))?;
+        self.fail_on_purpose(name, true)?;
         self.lap(name);
         Ok(value)
+    }
+
+    /// Fails if the plan's fault is for this step: before the work is done, or after it.
+    pub(super) fn fail_on_purpose(&self, name: &str, done: bool) -> Result<(), StepError> {
+        match self.fault {
+            Some(fault) if fault.done == done && fault.step == name => {
+                Err(Failure::new(fault.errno, "on purpose").at(name))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Ends a step that is not a closure, such as the clone itself.

@@ -141,13 +141,15 @@ impl Server {
     fn serve(&mut self, request: Request, fds: Vec<OwnedFd>) {
         match request {
             Request::Create { plan, fds: counts } => self.create(&plan, counts, fds),
-            Request::Adopt { id, pid, port, listening, notify } => {
+            Request::Adopt { id, pid, port, listening, notify, note } => {
                 let mut fds = fds.into_iter();
                 let Some(pidfd) = fds.next() else { return };
                 let mut container = Container::new(id, pid, pidfd, port);
                 container.execed = true;
                 container.listening = listening;
-                container.notify = fds.next().filter(|_| notify).map(Listener::new);
+                container.notify = if notify { fds.next().map(Listener::new) } else { None };
+                container.note = note;
+                container.outputs = fds.collect();
                 self.keep(container);
             }
             Request::Kill { id, signal } => {

@@ -34,7 +34,8 @@ pub enum Request {
         /// How the descriptors divide.
         fds: FdCounts,
     },
-    /// Take over a container that another spawner made and left behind. Descriptors: pidfd, then notify if `notify`.
+    /// Take over a container that another spawner made and left behind. Descriptors: pidfd, then notify if `notify`,
+    /// then the outputs.
     Adopt {
         /// Which container.
         id: ContainerId,
@@ -46,6 +47,9 @@ pub enum Request {
         listening: Option<Listening>,
         /// Whether the notify descriptor is there.
         notify: bool,
+        /// [`Plan::note`].
+        #[serde(default)]
+        note: String,
     },
     /// Send a signal to the container's first process.
     Kill {

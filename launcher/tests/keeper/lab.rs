@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use launcher::cgroup::{Cgroups, Group, Limits};
 use launcher::image::ImageStore;
-use launcher::keeper::{Created, Exit, Found, Keeper, KeeperEvent, Listening};
+use launcher::keeper::{Created, Exit, Found, Keeper, KeeperError, KeeperEvent, Listening};
 use launcher::network::{NetNs, NetSockets};
 use launcher::sandbox::{ContainerId, Plan, PlanFds};
 use tempfile::TempDir;
@@ -17,7 +17,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::mpsc;
 
 /// Nothing here takes as long.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 const ID_BASE: u32 = 1_835_008;
 
 pub struct Lab {
@@ -123,17 +123,26 @@ impl Lab {
             volumes: Vec::new(),
             note: String::new(),
             staging: self.dir.path().join("staging").to_str().unwrap().to_owned(),
+            fault: None,
         }
     }
 
     pub async fn create(&self, plan: Plan) -> Running {
+        self.try_create(plan).await.map_err(|(error, _)| error).unwrap()
+    }
+
+    /// What fails leaves its cgroup to the caller.
+    pub async fn try_create(&self, plan: Plan) -> Result<Running, (KeeperError, Group)> {
         let id = plan.id.clone();
         let group = self.cgroups.create(&id, &Limits { memory: Some(128 << 20), pids: Some(64) }).unwrap();
         let (fds, output) = self.fds(&group).await;
-        let created = self.keeper.create(plan, fds).await.unwrap();
+        let created = match self.keeper.create(plan, fds).await {
+            Ok(created) => created,
+            Err(error) => return Err((error, group)),
+        };
         // One that ends at once has no network any more.
         let sockets = self.netns.open(created.pidfd.as_fd().try_clone_to_owned().unwrap()).await.ok();
-        Running { id, created, group, sockets, _output: output }
+        Ok(Running { id, created, group, sockets, _output: output })
     }
 
     pub async fn fds(&self, group: &Group) -> (PlanFds, OwnedFd) {
@@ -229,4 +238,13 @@ pub fn mounts() -> usize {
 /// Whether a process is there and does not only wait to be buried.
 pub fn is_running(pid: u32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(" Z "))
+}
+
+/// Waits until something is so.
+pub async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let end = tokio::time::Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(tokio::time::Instant::now() < end, "waited in vain for {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }

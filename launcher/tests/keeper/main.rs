@@ -7,6 +7,7 @@
     reason = "a test may fail anywhere"
 )]
 
+mod chaos;
 mod lab;
 
 use std::time::Duration;
@@ -164,6 +165,33 @@ async fn containers_outlive_the_spawner_and_the_next_one_serves_them() {
     assert_eq!(lab.end(again).await, Exit::Signal(9));
     lab.keeper.shutdown().await;
     lab.cgroups.remove_parent().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_a_spawner_held_for_the_next_daemon_survives_the_spawner() {
+    let mut lab = Lab::new().await;
+    let mut plan = lab.plan(1, SERVE);
+    plan.note = "whose it is".to_owned();
+    let id = plan.id.clone();
+    let group = lab.cgroups.create(&id, &Limits::default()).unwrap();
+    let (mut fds, output) = lab.fds(&group).await;
+    fds.outputs = vec![output];
+    lab.keeper.create(plan, fds).await.unwrap();
+    lab.listening(&id).await;
+
+    kill(lab.spawner);
+    while !matches!(lab.event().await, KeeperEvent::SpawnerBack) {}
+    let (dir, name) = lab.lose_daemon().await;
+
+    let mut lab = Lab::connect(dir, name).await;
+    let found = lab.found.pop().unwrap();
+    assert_eq!((found.state.id.clone(), found.state.note.as_str()), (id.clone(), "whose it is"));
+    assert!(found.state.listening.is_some() && found.pidfd.is_some());
+    assert_eq!(found.outputs.len(), 1, "while one is open, the app may write");
+    lab.keeper.kill(&id, 9);
+    assert_eq!(lab.exited(&id).await, Exit::Unknown);
+    group.remove().await.unwrap();
+    lab.close().await;
 }
 
 #[tokio::test]

@@ -155,6 +155,7 @@ impl Container {
             volumes: Vec::new(),
             note: String::new(),
             staging: staging.path().to_str().unwrap().to_owned(),
+            fault: None,
         };
         let layers = vec![image.path().to_owned()];
         Container { plan, layers, volumes: Vec::new(), cgroup_tasks: Vec::new(), cgroup_dir: None, staging }

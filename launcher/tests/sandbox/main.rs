@@ -5,6 +5,7 @@
 #![allow(missing_docs, unreachable_pub)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)] // a test, though without harness
 
+mod faults;
 mod hostile;
 mod inside;
 mod lab;
@@ -36,6 +37,7 @@ const TESTS: &[(&str, fn())] = tests![
     hostile::volume_targets_do_not_leave_the_root,
     hostile::a_volumes_own_links_do_not_move_the_next_volume_out,
     hostile::every_failure_names_its_step_and_error,
+    faults::every_step_fails_with_every_error_and_leaves_nothing,
     outside::nothing_is_left_after_a_container_nor_after_a_failed_one,
     outside::the_hosts_mounts_do_not_appear_inside_later,
     outside::cgroups_of_v1_are_joined_and_are_the_root_of_the_view,

@@ -13,7 +13,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::lab::{Container, ID_BASE, Image};
 
 /// Everything of the host that a container could leave changed.
-fn host() -> (String, BTreeSet<PathBuf>, usize) {
+pub fn host() -> (String, BTreeSet<PathBuf>, usize) {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let processes = fs::read_dir("/proc")
         .unwrap()
@@ -85,13 +85,13 @@ pub fn a_cgroup_of_v2_is_entered_by_the_clone_itself() {
 }
 
 /// A cgroup of this test's own; removing it must succeed, or the container has left something in it.
-struct Group {
-    path: PathBuf,
+pub struct Group {
+    pub path: PathBuf,
 }
 
 impl Group {
     /// `None`, and a word about it, where the hierarchy does not exist.
-    fn new(hierarchy: &str) -> Option<Group> {
+    pub fn new(hierarchy: &str) -> Option<Group> {
         let path = Path::new(hierarchy).join(format!("sandbox-test-{}", std::process::id()));
         match fs::create_dir(&path) {
             Ok(()) => Some(Group { path }),
