@@ -14,6 +14,7 @@ use pingora::upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy};
 use tokio::sync::mpsc;
 
 use crate::{
+    balance,
     config::Config,
     link::Command,
     measure::Window,
@@ -55,6 +56,8 @@ pub struct Upstream {
     pub generation: Generation,
     /// Since when this proxy knows it.
     pub known: Instant,
+    /// Whether it became ready while others served: its share of the requests grows over the app's `scale.slow-start`.
+    pub is_added: bool,
     /// First-byte times.
     pub window: Window,
     /// Requests since the last report.
@@ -108,6 +111,7 @@ impl Upstream {
             app: app.clone(),
             generation,
             known: Instant::now(),
+            is_added: false,
             window: Window::default(),
             requests: AtomicU32::new(0),
             first_byte_sum_us: AtomicU64::new(0),
@@ -143,6 +147,16 @@ impl Upstream {
     #[must_use]
     pub fn in_flight(&self) -> u32 {
         self.in_flight.load(SeqCst)
+    }
+
+    /// Its share of the requests at `now`, of [`balance::FULL_SHARE`].
+    #[must_use]
+    pub fn share(&self, now: Instant, slow_start: Duration) -> u32 {
+        if self.is_added {
+            balance::share(now.saturating_duration_since(self.known), slow_start)
+        } else {
+            balance::FULL_SHARE
+        }
     }
 
     /// Takes a place among at most `limit` requests; `held`: for a request that waited. Whoever gets one calls [`Self::leave`].
