@@ -136,25 +136,21 @@ fn stats(house: &House) -> Stats {
     let tick = house.tick(Instant::now());
     let instances = apps
         .iter()
-        .flat_map(|app| app.upstreams())
-        .map(|one| {
-            let summary = one.window.summary(tick);
-            InstanceStats {
-                app: one.app.to_string(),
-                generation: one.generation.0,
-                state: match one.fitness() {
-                    Fitness::Ready => "ready",
-                    Fitness::Suspect => "suspect",
-                    Fitness::Frozen => "frozen",
-                    Fitness::Draining => "draining",
-                    Fitness::Gone => "gone",
-                }
-                .to_owned(),
-                in_flight: one.in_flight(),
-                last_second: summary.count,
-                p50_us: summary.p50_us,
-                p90_us: summary.p90_us,
+        .flat_map(|app| app.upstreams().into_iter().map(|one| (one, app.room.len())))
+        .map(|(one, held)| InstanceStats {
+            app: one.app.to_string(),
+            generation: one.generation.0,
+            state: match one.fitness() {
+                Fitness::Ready => "ready",
+                Fitness::Suspect => "suspect",
+                Fitness::Frozen => "frozen",
+                Fitness::Draining => "draining",
+                Fitness::Gone => "gone",
             }
+            .to_owned(),
+            in_flight: one.in_flight(),
+            held: u32::try_from(held).unwrap_or(u32::MAX),
+            window: one.window.summary(tick),
         })
         // A packet holds about a thousand.
         .take(500)

@@ -62,10 +62,6 @@ pub struct Upstream {
     pub window: Window,
     /// Requests since the last report.
     pub requests: AtomicU32,
-    /// First-byte times since the last report: their sum, µs.
-    pub first_byte_sum_us: AtomicU64,
-    /// First-byte times since the last report: how many.
-    pub first_bytes: AtomicU32,
     /// Whether it is on the reporter's list.
     pub listed: AtomicBool,
     /// When a breach was last looked for, ms since [`Self::known`] plus one; 0: never.
@@ -114,8 +110,6 @@ impl Upstream {
             is_added: false,
             window: Window::default(),
             requests: AtomicU32::new(0),
-            first_byte_sum_us: AtomicU64::new(0),
-            first_bytes: AtomicU32::new(0),
             listed: AtomicBool::new(false),
             examined: AtomicU64::new(0),
             fitness: AtomicU8::new(fitness as u8),
@@ -273,8 +267,6 @@ impl Upstream {
     /// Its first response byte came; the launcher hears of the first one.
     pub fn first_byte(&self, tick: u64, us: u64) {
         self.window.record(tick, us);
-        self.first_byte_sum_us.fetch_add(us, Relaxed);
-        self.first_bytes.fetch_add(1, Relaxed);
         self.answered();
     }
 

@@ -298,7 +298,7 @@ async fn the_launcher_hears_of_the_first_byte_and_of_activity() {
     for _ in 0..3 {
         assert_eq!(get(proxy.address, "blog.test", "/").await.status, 200);
     }
-    eventually(|| launcher.heard(|request| matches!(request, Request::Report { activity } if activity.iter().any(|one| one.requests > 0 && one.first_byte_us > 0))) > 0).await;
+    eventually(|| launcher.heard(|request| matches!(request, Request::Report { activity } if activity.iter().any(|one| one.requests > 0 && one.window.mean_us > 0))) > 0).await;
     assert_eq!(launcher.heard(|request| matches!(request, Request::FirstByte { .. })), 1);
     // And that there is none any more: otherwise the app would never count as idle.
     eventually(|| launcher.heard(|request| matches!(request, Request::Report { activity } if activity.iter().any(|one| one.requests == 0 && one.in_flight == 0))) > 0).await;

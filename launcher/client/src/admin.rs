@@ -6,7 +6,10 @@ use std::{io, path::Path};
 use serde::{Deserialize, Serialize};
 use tokio_seqpacket::UnixSeqpacket;
 
-use crate::packet::{self, PacketError};
+use crate::{
+    packet::{self, PacketError},
+    wire::Window,
+};
 
 /// Most requests that one [`Question::Recent`] is told of: they fit into one packet however long their paths are.
 pub const MOST_RECENT: usize = 40;
@@ -111,12 +114,12 @@ pub struct InstanceStats {
     pub state: String,
     /// Requests under way.
     pub in_flight: u32,
-    /// Responses in the last full second.
-    pub last_second: u32,
-    /// Their first-byte time, half of them, µs.
-    pub p50_us: u64,
-    /// Nine of ten of them, µs.
-    pub p90_us: u64,
+    /// Requests of its app that wait for a place.
+    #[serde(default)]
+    pub held: u32,
+    /// First-byte times of the last second.
+    #[serde(flatten)]
+    pub window: Window,
 }
 
 /// Asks the proxy that listens at `path`.
