@@ -131,6 +131,7 @@ async fn follow(house: &Arc<House>, line: watch::Sender<Option<Client>>) {
             Ok((client, mut changes)) => {
                 tracing::info!(path = %path.display(), "connected to the launcher");
                 house.linked.store(true, SeqCst);
+                house.metrics.launcher(true, house.begun.elapsed());
                 line.send_replace(Some(client));
                 house.synced.store(false, SeqCst);
                 house.cache.begin_sync();
@@ -154,6 +155,7 @@ async fn follow(house: &Arc<House>, line: watch::Sender<Option<Client>>) {
                     }
                 }
                 house.linked.store(false, SeqCst);
+                house.metrics.launcher(false, house.begun.elapsed());
                 line.send_replace(None);
                 tracing::warn!("the launcher went away; warm apps are served on");
             }

@@ -51,6 +51,10 @@ impl Stopwatch {
 
     /// From now on time goes to `part`. Returns the moment.
     pub fn enter(&mut self, part: Part) -> Instant {
+        if cfg!(not(feature = "measure")) {
+            self.part = part;
+            return self.begun;
+        }
         let now = Instant::now();
         self.spent[self.part as usize] += now - self.since;
         self.since = now;

@@ -26,6 +26,7 @@ use crate::{
     hold::{Seats, WaitingRoom},
     link::Command,
     measure,
+    metrics::{AppCounts, Metrics},
     pages::Fault,
     telemetry::{Telemetry, micros},
     upstream::{Fitness, Upstream},
@@ -42,6 +43,8 @@ pub struct House {
     pub seats: Arc<Seats>,
     /// Instances with activity that the reporter does not know yet.
     pub active: SegQueue<Arc<Upstream>>,
+    /// Figures for Prometheus.
+    pub metrics: Metrics,
     /// Access log and recent requests.
     pub telemetry: Telemetry,
     /// When the windows' clock began.
@@ -90,6 +93,8 @@ pub struct AppRuntime {
     pub spec: ArcSwap<App>,
     /// Requests that wait for an instance.
     pub room: Arc<WaitingRoom<Answer>>,
+    /// What was counted of its requests.
+    pub counts: AppCounts,
     /// How the last start that this proxy saw went.
     pub last_wake: ArcSwap<(Generation, WakeTiming)>,
     house: Arc<House>,
@@ -128,6 +133,7 @@ impl House {
             seats: Seats::new(config.hold_limit),
             cache,
             active: SegQueue::new(),
+            metrics: Metrics::default(),
             telemetry: Telemetry::new(config.access_log),
             begun: Instant::now(),
             linked: AtomicBool::new(false),
@@ -194,6 +200,7 @@ impl Tenant for AppTenant {
         });
         let runtime = Arc::new(AppRuntime::new(app, house));
         runtime.house.tenants().insert(runtime.name.clone(), Arc::downgrade(&runtime));
+        runtime.house.metrics.app_came(&runtime.counts);
         runtime.learn(record);
         Self(runtime)
     }
@@ -214,6 +221,7 @@ impl AppRuntime {
             name: app.name.clone(),
             spec: ArcSwap::new(Arc::clone(&app)),
             room: WaitingRoom::new(),
+            counts: AppCounts::default(),
             last_wake: ArcSwap::new(Arc::default()),
             house,
             ready: ArcSwap::new(Arc::new(Box::default())),
@@ -438,6 +446,7 @@ impl AppRuntime {
 
     fn remove(self: &Arc<Self>) {
         self.removed.store(true, SeqCst);
+        self.house.metrics.app_gone(&self.counts);
         let known = self.known();
         for (upstream, _) in known.upstreams.values() {
             upstream.drain();
@@ -494,6 +503,7 @@ impl Lease {
         self.upstream.first_byte(tick, us);
         let slow_us = self.app.slow_us.load(Relaxed);
         if us > slow_us && self.upstream.breaches(tick, slow_us) {
+            self.app.counts.breach();
             self.app.house.command(Command::Breach(Arc::clone(&self.upstream)));
         }
     }

@@ -24,6 +24,8 @@ pub enum Question {
     Recent(usize),
     /// How the proxy is.
     Stats {},
+    /// All figures in Prometheus' text format; [`metrics`] asks this.
+    Metrics {},
 }
 
 /// The answer.
@@ -36,6 +38,8 @@ pub enum Answer {
     Recent(Vec<RequestRecord>),
     /// To [`Question::Stats`].
     Stats(Stats),
+    /// To [`Question::Metrics`]: a piece of the text; an empty one ends it.
+    Metrics(String),
     /// The question was refused or not understood.
     Error(String),
 }
@@ -127,11 +131,33 @@ pub struct InstanceStats {
 /// # Errors
 /// Nobody listens there, or the connection failed.
 pub async fn ask(path: &Path, question: &Question) -> Result<Answer, PacketError> {
-    let socket = UnixSeqpacket::connect(path).await.map_err(|error| {
-        PacketError::Io(io::Error::new(error.kind(), format!("{}: {error}", path.display())))
-    })?;
+    let socket = connect(path).await?;
     packet::send(&socket, question, &[]).await?;
     Ok(packet::receive(&socket, &mut Vec::new()).await?.0)
+}
+
+/// The proxy's figures in Prometheus' text format, which are more than a packet holds.
+///
+/// # Errors
+/// As for [`ask`]; [`PacketError::Io`] with the proxy's words when it refuses.
+pub async fn metrics(path: &Path) -> Result<String, PacketError> {
+    let socket = connect(path).await?;
+    packet::send(&socket, &Question::Metrics {}, &[]).await?;
+    let (mut text, mut buffer) = (String::new(), Vec::new());
+    loop {
+        match packet::receive(&socket, &mut buffer).await?.0 {
+            Answer::Metrics(piece) if piece.is_empty() => return Ok(text),
+            Answer::Metrics(piece) => text.push_str(&piece),
+            Answer::Error(message) => return Err(PacketError::Io(io::Error::other(message))),
+            _ => return Err(PacketError::Io(io::Error::other("the proxy answered something else"))),
+        }
+    }
+}
+
+async fn connect(path: &Path) -> Result<UnixSeqpacket, PacketError> {
+    UnixSeqpacket::connect(path).await.map_err(|error| {
+        PacketError::Io(io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+    })
 }
 
 #[cfg(test)]
