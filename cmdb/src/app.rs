@@ -105,6 +105,9 @@ pub struct Scale {
     pub concurrency: Option<u32>,
     /// How an instance is picked.
     pub pick: Pick,
+    /// How long the share of an instance that came to serve beside others grows to a full one; `None`: at once.
+    #[serde(default)]
+    pub slow_start: Option<Duration>,
 }
 
 impl Scale {

@@ -141,7 +141,7 @@ pub(crate) struct Check {
 
 const PS: &str = "\
 One line per instance; an app of which nothing runs is `absent`. CPU is the time used and the quota in force now.
-GENERATION is the end of the instance's number; --wide shows all of it, with ports, host names and reasons.
+GENERATION is the end of the instance's number; --wide shows all of it, with first-byte times of the last second (half and 99 of 100 came within), ports, host names and reasons.
 
 Examples:
   sudo fastcontainer ps

@@ -4,7 +4,7 @@ use cmdb::{
     Generation,
     units::{Bytes, Millicores},
 };
-use launcher_client::wire::Status;
+use launcher_client::wire::{Status, Window};
 use serde::Serialize;
 
 use crate::{
@@ -95,7 +95,13 @@ fn lines(statuses: &[Status], wide: bool) -> Vec<String> {
         ("IMAGE", Left),
     ];
     if wide {
-        titles.extend([("PIDS", Right), ("PORT", Right), ("SERVER-NAMES", Left), ("REASON", Left)]);
+        titles.extend([
+            ("P50/P99", Right),
+            ("PIDS", Right),
+            ("PORT", Right),
+            ("SERVER-NAMES", Left),
+            ("REASON", Left),
+        ]);
     }
     let rows: Vec<Vec<String>> = statuses.iter().map(|status| row(status, wide)).collect();
     table::lines(&titles, &rows)
@@ -129,7 +135,11 @@ fn row(status: &Status, wide: bool) -> Vec<String> {
         or_dash(Some(text::clean(&status.image).into_owned()).filter(|image| !image.is_empty())),
     ];
     if wide {
+        let times = |window: &Window| {
+            format!("{}/{}", text::duration_us(window.p50_us), text::duration_us(window.p99_us))
+        };
         row.extend([
+            or_dash(status.window.as_ref().map(times)),
             or_dash(status.pids.map(|pids| pids.to_string())),
             or_dash(status.port.map(|port| port.to_string())),
             text::clean(&status.server_names.join(",")).into_owned(),
@@ -166,6 +176,7 @@ mod tests {
             idle_ms: Some(450),
             in_flight: 2,
             requests: 31,
+            window: Some(Window { count: 31, mean_us: 2_000, p50_us: 1_500, p90_us: 3_000, p99_us: 12_500 }),
             cpu_us: Some(12_500),
             cpu_limit: Some(300),
             memory_bytes: Some(3 << 20),
@@ -186,6 +197,7 @@ mod tests {
             idle_ms: None,
             in_flight: 0,
             requests: 0,
+            window: None,
             cpu_us: None,
             cpu_limit: None,
             memory_bytes: None,
@@ -218,6 +230,7 @@ mod tests {
         let lines = lines(&[ready(), backing_off], true);
 
         assert!(lines[1].contains("1763972712345"), "{}", lines[1]);
+        assert!(lines[1].contains("1.5ms/12.5ms"), "{}", lines[1]);
         assert!(lines[2].ends_with("hello.localhost  exit status 1\\x1b[2J"), "{}", lines[2]);
     }
 

@@ -13,14 +13,17 @@ use launcher_client::{
     admin::{Answer, InstanceStats, MOST_RECENT, Question, Stats},
     packet::{self, PacketError},
 };
-use pingora::{server::ShutdownWatch, services::background::BackgroundService};
+use pingora::{
+    apps::http_app::ServeHttp, protocols::http::ServerSession, server::ShutdownWatch,
+    services::background::BackgroundService,
+};
 use tokio::{
     net::TcpStream,
     time::{sleep, timeout},
 };
 use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 
-use crate::{telemetry, tenant::House, upstream::Fitness};
+use crate::{metrics, telemetry, tenant::House, upstream::Fitness};
 
 /// The admin socket and the access log as a Pingora background service.
 #[derive(Debug)]
@@ -91,7 +94,7 @@ impl BackgroundService for Office {
     }
 }
 
-async fn converse(house: &House, socket: &UnixSeqpacket) {
+async fn converse(house: &Arc<House>, socket: &UnixSeqpacket) {
     let own = nix::unistd::geteuid().as_raw();
     let allowed = socket.peer_cred().is_ok_and(|peer| peer.uid() == 0 || peer.uid() == own);
     let mut buffer = Vec::new();
@@ -100,6 +103,13 @@ async fn converse(house: &House, socket: &UnixSeqpacket) {
             timeout(Duration::from_secs(30), packet::receive::<Question>(socket, &mut buffer)).await;
         let answer = match question {
             Ok(Ok(_)) if !allowed => Answer::Error("only root and the proxy's own user may ask".to_owned()),
+            Ok(Ok((Question::Metrics {}, _))) => {
+                let text = metrics::text(house);
+                if send_pieces(socket, &text).await.is_err() {
+                    return;
+                }
+                Answer::Metrics(String::new())
+            }
             Ok(Ok((question, _))) => answer(house, question).await,
             Ok(Err(PacketError::Malformed(error))) => Answer::Error(format!("not understood: {error}")),
             Ok(Err(_)) | Err(_) => return,
@@ -110,7 +120,7 @@ async fn converse(house: &House, socket: &UnixSeqpacket) {
     }
 }
 
-async fn answer(house: &House, question: Question) -> Answer {
+async fn answer(house: &Arc<House>, question: Question) -> Answer {
     match question {
         Question::Why(request_id) => {
             let mut request = house.telemetry.why(&request_id);
@@ -127,6 +137,43 @@ async fn answer(house: &House, question: Question) -> Answer {
             Answer::Recent(house.telemetry.last(count.min(MOST_RECENT)))
         }
         Question::Stats {} => Answer::Stats(stats(house)),
+        // Sent by `converse`, for it is more than one answer.
+        Question::Metrics {} => Answer::Metrics(String::new()),
+    }
+}
+
+async fn send_pieces(socket: &UnixSeqpacket, text: &str) -> Result<(), PacketError> {
+    // Escaped for JSON a piece may become twice as long; a packet holds 128 KiB.
+    const PIECE: usize = 32 << 10;
+    let mut rest = text;
+    while !rest.is_empty() {
+        let (piece, after) = rest.split_at(rest.floor_char_boundary(PIECE));
+        packet::send(socket, &Answer::Metrics(piece.to_owned()), &[]).await?;
+        rest = after;
+    }
+    Ok(())
+}
+
+/// The figures over HTTP, for Prometheus; see `--metrics`.
+#[derive(Debug)]
+pub struct MetricsPage(pub Arc<House>);
+
+#[async_trait]
+impl ServeHttp for MetricsPage {
+    async fn response(&self, session: &mut ServerSession) -> http::Response<Vec<u8>> {
+        let known = session.req_header().uri.path() == "/metrics";
+        let (status, body) = if known {
+            (http::StatusCode::OK, metrics::text(&self.0))
+        } else {
+            (http::StatusCode::NOT_FOUND, "the figures are at /metrics\n".to_owned())
+        };
+        let mut response = http::Response::new(body.into_bytes());
+        *response.status_mut() = status;
+        let kind = http::HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+        let length = response.body().len().into();
+        response.headers_mut().insert(http::header::CONTENT_TYPE, kind);
+        response.headers_mut().insert(http::header::CONTENT_LENGTH, length);
+        response
     }
 }
 
@@ -136,25 +183,21 @@ fn stats(house: &House) -> Stats {
     let tick = house.tick(Instant::now());
     let instances = apps
         .iter()
-        .flat_map(|app| app.upstreams())
-        .map(|one| {
-            let summary = one.window.summary(tick);
-            InstanceStats {
-                app: one.app.to_string(),
-                generation: one.generation.0,
-                state: match one.fitness() {
-                    Fitness::Ready => "ready",
-                    Fitness::Suspect => "suspect",
-                    Fitness::Frozen => "frozen",
-                    Fitness::Draining => "draining",
-                    Fitness::Gone => "gone",
-                }
-                .to_owned(),
-                in_flight: one.in_flight(),
-                last_second: summary.count,
-                p50_us: summary.p50_us,
-                p90_us: summary.p90_us,
+        .flat_map(|app| app.upstreams().into_iter().map(|one| (one, app.room.len())))
+        .map(|(one, held)| InstanceStats {
+            app: one.app.to_string(),
+            generation: one.generation.0,
+            state: match one.fitness() {
+                Fitness::Ready => "ready",
+                Fitness::Suspect => "suspect",
+                Fitness::Frozen => "frozen",
+                Fitness::Draining => "draining",
+                Fitness::Gone => "gone",
             }
+            .to_owned(),
+            in_flight: one.in_flight(),
+            held: u32::try_from(held).unwrap_or(u32::MAX),
+            window: one.window.summary(tick),
         })
         // A packet holds about a thousand.
         .take(500)

@@ -25,6 +25,7 @@ pub mod hold;
 pub mod link;
 pub mod measure;
 mod memory;
+pub mod metrics;
 pub mod pages;
 pub mod phases;
 pub mod quirks;
@@ -128,12 +129,13 @@ impl ProxyHttp for FastContainer {
     async fn connected_to_upstream(
         &self,
         session: &mut Session,
-        _reused: bool,
+        reused: bool,
         _: &HttpPeer,
         _fd: std::os::fd::RawFd,
         _: Option<&Digest>,
         ctx: &mut Ctx,
     ) -> pingora::Result<()> {
+        self.house.metrics.connected(reused);
         measuring::connected(session, ctx);
         Ok(())
     }

@@ -15,7 +15,7 @@ use async_trait::async_trait;
 use cmdb::{AppName, Change, Generation};
 use launcher_client::{
     Client, ClientError,
-    wire::{Activity, RefusalCode, Request, Window},
+    wire::{Activity, RefusalCode, Request},
 };
 use pingora::{server::ShutdownWatch, services::background::BackgroundService};
 use tokio::{
@@ -131,6 +131,7 @@ async fn follow(house: &Arc<House>, line: watch::Sender<Option<Client>>) {
             Ok((client, mut changes)) => {
                 tracing::info!(path = %path.display(), "connected to the launcher");
                 house.linked.store(true, SeqCst);
+                house.metrics.launcher(true, house.begun.elapsed());
                 line.send_replace(Some(client));
                 house.synced.store(false, SeqCst);
                 house.cache.begin_sync();
@@ -154,6 +155,7 @@ async fn follow(house: &Arc<House>, line: watch::Sender<Option<Client>>) {
                     }
                 }
                 house.linked.store(false, SeqCst);
+                house.metrics.launcher(false, house.begun.elapsed());
                 line.send_replace(None);
                 tracing::warn!("the launcher went away; warm apps are served on");
             }
@@ -327,14 +329,12 @@ async fn report(house: &Arc<House>, line: Line) {
 fn activity_of(house: &House, upstream: &Upstream) -> Activity {
     let window = upstream.window.summary(house.tick(std::time::Instant::now()));
     let held = house.app(&upstream.app).map_or(0, |app| app.room.len());
-    let (sum, count) = (upstream.first_byte_sum_us.swap(0, Relaxed), upstream.first_bytes.swap(0, Relaxed));
     Activity {
         app: upstream.app.clone(),
         generation: upstream.generation,
         in_flight: upstream.in_flight(),
         requests: upstream.requests.swap(0, Relaxed),
-        first_byte_us: sum.checked_div(u64::from(count)).unwrap_or(0),
-        window: Window { count: window.count, p50_us: window.p50_us, p90_us: window.p90_us },
+        window,
         held: u32::try_from(held).unwrap_or(u32::MAX),
     }
 }

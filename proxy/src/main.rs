@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    net::{SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     os::unix::fs::{PermissionsExt as _, chown},
     path::{Path, PathBuf},
     sync::Arc,
@@ -15,6 +15,7 @@ use capctl::{Cap, CapState, prctl};
 use clap::Parser;
 use fastcontainer_proxy::{
     Config, FastContainer,
+    admin::MetricsPage,
     config::{AccessLog, Network},
     telemetry,
     tenant::House,
@@ -27,6 +28,7 @@ use nix::{
 use pingora::{
     proxy::http_proxy_service_with_name,
     server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, UnixShutdownSignalWatch},
+    services::listening::Service,
 };
 
 /// FastContainer's reverse proxy: finds the app by host name, wakes it if it sleeps, and forwards.
@@ -60,6 +62,10 @@ struct Options {
     /// Seconds that requests may go on after SIGTERM
     #[arg(long, default_value_t = 10)]
     grace: u64,
+    /// Serve figures for Prometheus at http://ADDRESS/metrics; a port alone means 127.0.0.1. Without it nothing is served;
+    /// `fastcontainer metrics` shows them all the same
+    #[arg(long, value_name = "ADDRESS", value_parser = metrics_address)]
+    metrics: Option<SocketAddr>,
     /// Format of STATE/proxy/access.log
     #[arg(long, value_enum, default_value_t = AccessLog::Json)]
     access_log: AccessLog,
@@ -88,7 +94,7 @@ fn run(options: Options) -> anyhow::Result<()> {
             bail!("the parent process has ended already");
         }
     }
-    for address in &options.listen {
+    for address in options.listen.iter().chain(&options.metrics) {
         // Pingora would only log a failure and go on without this address.
         TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
     }
@@ -99,11 +105,21 @@ fn run(options: Options) -> anyhow::Result<()> {
         access_log: options.access_log,
         ..Config::new(state)
     };
-    serve(config, &options.listen, options.threads);
+    serve(config, &options.listen, options.metrics, options.threads);
     Ok(())
 }
 
-fn serve(config: Config, listens: &[SocketAddr], threads: Option<usize>) {
+/// A port, or an address with one.
+fn metrics_address(text: &str) -> Result<SocketAddr, String> {
+    match text.parse::<u16>() {
+        Ok(port) => Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, port))),
+        Err(_) => text
+            .parse()
+            .map_err(|_| "write a port such as 9145, or an address such as 10.0.0.1:9145".to_owned()),
+    }
+}
+
+fn serve(config: Config, listens: &[SocketAddr], metrics: Option<SocketAddr>, threads: Option<usize>) {
     let threads = threads.or_else(|| std::thread::available_parallelism().ok().map(Into::into)).unwrap_or(1);
     let conf = FastContainer::server_conf(&config, threads);
     let mut server = Server::new_with_opt_and_conf(None, conf);
@@ -113,6 +129,12 @@ fn serve(config: Config, listens: &[SocketAddr], threads: Option<usize>) {
     let mut service = http_proxy_service_with_name(&server.configuration, proxy, "proxy");
     for address in listens {
         service.add_tcp(&address.to_string());
+    }
+    if let Some(address) = metrics {
+        let mut page = Service::new("metrics".to_owned(), MetricsPage(Arc::clone(&house)));
+        page.add_tcp(&address.to_string());
+        page.threads = Some(1);
+        server.add_service(page);
     }
     server.add_service(attendants.link);
     server.add_service(attendants.office);

@@ -5,6 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use launcher_client::wire::Window as Summary;
+
 /// What a request's time goes to. Each moment belongs to exactly one part, so the parts sum to the whole.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Part {
@@ -49,6 +51,10 @@ impl Stopwatch {
 
     /// From now on time goes to `part`. Returns the moment.
     pub fn enter(&mut self, part: Part) -> Instant {
+        if cfg!(not(feature = "measure")) {
+            self.part = part;
+            return self.begun;
+        }
         let now = Instant::now();
         self.spent[self.part as usize] += now - self.since;
         self.since = now;
@@ -115,18 +121,9 @@ pub struct Window {
 struct Slot {
     /// Which tick (of the process's clock) plus one; 0: none yet.
     number: AtomicU64,
+    /// Sum of the times, µs.
+    sum_us: AtomicU64,
     buckets: [AtomicU32; BUCKETS],
-}
-
-/// What a [`Window`] knows of the last second.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Summary {
-    /// Responses.
-    pub count: u32,
-    /// Half of the first bytes came within this time, µs (upper edge of the bucket).
-    pub p50_us: u64,
-    /// Nine of ten did.
-    pub p90_us: u64,
 }
 
 /// The tick of a [`Window`]'s clock, `elapsed` after its begin.
@@ -137,7 +134,11 @@ pub fn tick(elapsed: Duration) -> u64 {
 
 impl Default for Window {
     fn default() -> Self {
-        let slot = || Slot { number: AtomicU64::new(0), buckets: std::array::from_fn(|_| AtomicU32::new(0)) };
+        let slot = || Slot {
+            number: AtomicU64::new(0),
+            sum_us: AtomicU64::new(0),
+            buckets: std::array::from_fn(|_| AtomicU32::new(0)),
+        };
         Self { slots: std::array::from_fn(|_| slot()) }
     }
 }
@@ -149,25 +150,28 @@ impl Window {
         let wanted = tick + 1;
         let number = slot.number.load(Relaxed);
         if number != wanted && slot.number.compare_exchange(number, wanted, Relaxed, Relaxed).is_ok() {
+            slot.sum_us.store(0, Relaxed);
             slot.buckets.iter().for_each(|bucket| bucket.store(0, Relaxed));
         }
+        slot.sum_us.fetch_add(us, Relaxed);
         slot.buckets[bucket_of(us)].fetch_add(1, Relaxed);
     }
 
     /// What the second that ends with `tick` held.
     #[must_use]
     pub fn summary(&self, tick: u64) -> Summary {
-        let mut counts = [0u32; BUCKETS];
+        let (mut counts, mut sum_us) = ([0u32; BUCKETS], 0u64);
         for tick in tick.saturating_sub(SUMMED as u64 - 1)..=tick {
             let slot = self.slot(tick);
             if slot.number.load(Relaxed) == tick + 1 {
+                sum_us = sum_us.saturating_add(slot.sum_us.load(Relaxed));
                 let buckets = counts.iter_mut().zip(&slot.buckets);
                 buckets.for_each(|(count, bucket)| *count += bucket.load(Relaxed));
             }
         }
         let count: u32 = counts.iter().sum();
-        let quantile = |tenths: u64| {
-            let rank = (u64::from(count) * tenths).div_ceil(10).max(1);
+        let quantile = |percent: u64| {
+            let rank = (u64::from(count) * percent).div_ceil(100).max(1);
             let mut seen = 0u64;
             for (index, bucket) in counts.iter().enumerate() {
                 seen += u64::from(*bucket);
@@ -180,7 +184,13 @@ impl Window {
         if count == 0 {
             return Summary::default();
         }
-        Summary { count, p50_us: quantile(5), p90_us: quantile(9) }
+        Summary {
+            count,
+            mean_us: sum_us / u64::from(count),
+            p50_us: quantile(50),
+            p90_us: quantile(90),
+            p99_us: quantile(99),
+        }
     }
 
     fn slot(&self, tick: u64) -> &Slot {
@@ -237,7 +247,10 @@ mod tests {
             window.record(10, 100);
         }
         window.record(10, 50_000);
-        assert_eq!(window.summary(10), Summary { count: 10, p50_us: 104, p90_us: 104 });
+        let summary = window.summary(10);
+        assert_eq!((summary.count, summary.mean_us), (10, 5_090));
+        assert_eq!((summary.p50_us, summary.p90_us), (104, 104));
+        assert!((50_000..57_000).contains(&summary.p99_us), "{summary:?}");
         window.record(15, 1_000);
         assert_eq!(window.summary(19).count, 11);
         assert_eq!(window.summary(20).count, 1);

@@ -46,6 +46,27 @@ pub enum Fault {
 }
 
 impl Fault {
+    /// All that [`Self::code`] gives, and what else the access log calls an error.
+    pub const CODES: [&str; 15] = [
+        "bad-request",
+        "unknown-host",
+        "start-failed",
+        "start-timeout",
+        "backoff",
+        "busy",
+        "queue-full",
+        "hold-timeout",
+        "launcher-unreachable",
+        "stopping",
+        "no-answer",
+        "too-slow",
+        "internal",
+        "broken-off",
+        "client-gone",
+    ];
+    /// Those that say that too many wait.
+    pub const SHED: [&str; 1] = ["queue-full"];
+
     /// What a refused wake means for those who wait.
     #[must_use]
     pub fn of_refusal(refusal: &Refusal) -> Self {

@@ -7,7 +7,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
@@ -26,6 +26,7 @@ use crate::{
     hold::{Seats, WaitingRoom},
     link::Command,
     measure,
+    metrics::{AppCounts, Metrics},
     pages::Fault,
     telemetry::{Telemetry, micros},
     upstream::{Fitness, Upstream},
@@ -42,6 +43,8 @@ pub struct House {
     pub seats: Arc<Seats>,
     /// Instances with activity that the reporter does not know yet.
     pub active: SegQueue<Arc<Upstream>>,
+    /// Figures for Prometheus.
+    pub metrics: Metrics,
     /// Access log and recent requests.
     pub telemetry: Telemetry,
     /// When the windows' clock began.
@@ -90,6 +93,8 @@ pub struct AppRuntime {
     pub spec: ArcSwap<App>,
     /// Requests that wait for an instance.
     pub room: Arc<WaitingRoom<Answer>>,
+    /// What was counted of its requests.
+    pub counts: AppCounts,
     /// How the last start that this proxy saw went.
     pub last_wake: ArcSwap<(Generation, WakeTiming)>,
     house: Arc<House>,
@@ -99,6 +104,10 @@ pub struct AppRuntime {
     /// `scale.response-time` in µs; `u64::MAX`: not judged.
     slow_us: AtomicU64,
     pick: AtomicU8,
+    /// `scale.slow-start` in µs; 0: none.
+    slow_start_us: AtomicU64,
+    /// Whether an instance may still have less than a full share.
+    ramping: AtomicBool,
     waking: AtomicBool,
     removed: AtomicBool,
     known: Mutex<Known>,
@@ -124,6 +133,7 @@ impl House {
             seats: Seats::new(config.hold_limit),
             cache,
             active: SegQueue::new(),
+            metrics: Metrics::default(),
             telemetry: Telemetry::new(config.access_log),
             begun: Instant::now(),
             linked: AtomicBool::new(false),
@@ -190,6 +200,7 @@ impl Tenant for AppTenant {
         });
         let runtime = Arc::new(AppRuntime::new(app, house));
         runtime.house.tenants().insert(runtime.name.clone(), Arc::downgrade(&runtime));
+        runtime.house.metrics.app_came(&runtime.counts);
         runtime.learn(record);
         Self(runtime)
     }
@@ -210,12 +221,15 @@ impl AppRuntime {
             name: app.name.clone(),
             spec: ArcSwap::new(Arc::clone(&app)),
             room: WaitingRoom::new(),
+            counts: AppCounts::default(),
             last_wake: ArcSwap::new(Arc::default()),
             house,
             ready: ArcSwap::new(Arc::new(Box::default())),
             limit: AtomicU32::new(0),
             slow_us: AtomicU64::new(u64::MAX),
             pick: AtomicU8::new(0),
+            slow_start_us: AtomicU64::new(0),
+            ramping: AtomicBool::new(false),
             waking: AtomicBool::new(false),
             removed: AtomicBool::new(false),
             known: Mutex::new(Known { record: Arc::default(), upstreams: BTreeMap::new() }),
@@ -230,12 +244,28 @@ impl AppRuntime {
         let limit = self.limit.load(Relaxed);
         let how = if self.pick.load(Relaxed) == 0 { Pick::Random } else { Pick::P2c };
         let ready = self.ready.load();
-        let upstream = balance::pick(&ready, how, |one| one.in_flight(), |one| one.enter(limit, held))?;
+        let (load, enter) = (Upstream::in_flight, |one: &Upstream| one.enter(limit, held));
+        let upstream = if self.ramping.load(Relaxed) {
+            let share = self.shares(&ready);
+            balance::pick(&ready, how, |one| load(one), Some(&share), |one| enter(one))?
+        } else {
+            balance::pick(&ready, how, |one| load(one), None, |one| enter(one))?
+        };
         upstream.requests.fetch_add(1, Relaxed);
         if !upstream.listed.load(Relaxed) && !upstream.listed.swap(true, SeqCst) {
             self.house.active.push(Arc::clone(upstream));
         }
         Some(Lease { upstream: Arc::clone(upstream), app: Arc::clone(self), opening: AtomicBool::new(held) })
+    }
+
+    /// Each instance's share at this moment, while some of them grow.
+    fn shares(&self, ready: &[Arc<Upstream>]) -> impl Fn(&Arc<Upstream>) -> u32 + use<> {
+        let (now, slow_start) = (Instant::now(), Duration::from_micros(self.slow_start_us.load(Relaxed)));
+        let share = move |one: &Arc<Upstream>| one.share(now, slow_start);
+        if ready.iter().all(|one| share(one) == balance::FULL_SHARE) {
+            self.ramping.store(false, Relaxed);
+        }
+        share
     }
 
     /// Whether an instance is ready.
@@ -284,8 +314,9 @@ impl AppRuntime {
         if ended {
             return false;
         }
+        let beside = self.is_beside_others(&known);
         let (upstream, _) = known.upstreams.entry(woken.generation).or_insert_with(|| {
-            (Arc::new(self.upstream(woken.generation, woken.port, Fitness::Ready)), Instant::now())
+            (Arc::new(self.upstream(woken.generation, woken.port, Fitness::Ready, beside)), Instant::now())
         });
         if !upstream.revive() {
             return false;
@@ -362,6 +393,7 @@ impl AppRuntime {
         self.limit.store(app.scale.concurrency.unwrap_or(u32::MAX), Relaxed);
         self.slow_us.store(app.scale.response_time.map_or(u64::MAX, micros), Relaxed);
         self.pick.store(u8::from(app.scale.pick == Pick::P2c), Relaxed);
+        self.slow_start_us.store(app.scale.slow_start.map_or(0, micros), Relaxed);
         self.spec.store(app);
     }
 
@@ -395,7 +427,8 @@ impl AppRuntime {
                 },
                 None => {
                     let begun = if fitness == Fitness::Draining { Fitness::Ready } else { fitness };
-                    let upstream = Arc::new(self.upstream(instance.generation, instance.port, begun));
+                    let beside = begun == Fitness::Ready && self.is_beside_others(&known);
+                    let upstream = Arc::new(self.upstream(instance.generation, instance.port, begun, beside));
                     if fitness == Fitness::Draining {
                         upstream.drain();
                     }
@@ -413,6 +446,7 @@ impl AppRuntime {
 
     fn remove(self: &Arc<Self>) {
         self.removed.store(true, SeqCst);
+        self.house.metrics.app_gone(&self.counts);
         let known = self.known();
         for (upstream, _) in known.upstreams.values() {
             upstream.drain();
@@ -427,6 +461,13 @@ impl AppRuntime {
         }
     }
 
+    /// Whether an instance that becomes ready now does so while others serve. The first one has nobody to leave requests to,
+    /// and those that a sync brings may have served for long.
+    fn is_beside_others(&self, known: &Known) -> bool {
+        self.house.synced.load(SeqCst)
+            && known.upstreams.values().any(|(other, _)| other.fitness() == Fitness::Ready)
+    }
+
     fn publish(&self, known: &Known) {
         let ready = known
             .upstreams
@@ -435,11 +476,15 @@ impl AppRuntime {
             .map(|(upstream, _)| Arc::clone(upstream))
             .collect();
         self.ready.store(Arc::new(ready));
+        let ramping = self.slow_start_us.load(Relaxed) > 0
+            && known.upstreams.values().any(|(upstream, _)| upstream.is_added);
+        self.ramping.store(ramping, Relaxed);
     }
 
-    fn upstream(&self, generation: Generation, port: u16, fitness: Fitness) -> Upstream {
+    fn upstream(&self, generation: Generation, port: u16, fitness: Fitness, beside: bool) -> Upstream {
         let commands = self.house.commands.clone();
         let mut upstream = Upstream::new(&self.name, generation, port, fitness, &self.house.config, commands);
+        upstream.is_added = beside;
         if !self.house.informed.load(SeqCst) {
             // What the first sync brings was there before this proxy.
             upstream.known = self.house.begun;
@@ -458,6 +503,7 @@ impl Lease {
         self.upstream.first_byte(tick, us);
         let slow_us = self.app.slow_us.load(Relaxed);
         if us > slow_us && self.upstream.breaches(tick, slow_us) {
+            self.app.counts.breach();
             self.app.house.command(Command::Breach(Arc::clone(&self.upstream)));
         }
     }

@@ -14,6 +14,7 @@ use pingora::upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy};
 use tokio::sync::mpsc;
 
 use crate::{
+    balance,
     config::Config,
     link::Command,
     measure::Window,
@@ -55,14 +56,12 @@ pub struct Upstream {
     pub generation: Generation,
     /// Since when this proxy knows it.
     pub known: Instant,
+    /// Whether it became ready while others served: its share of the requests grows over the app's `scale.slow-start`.
+    pub is_added: bool,
     /// First-byte times.
     pub window: Window,
     /// Requests since the last report.
     pub requests: AtomicU32,
-    /// First-byte times since the last report: their sum, µs.
-    pub first_byte_sum_us: AtomicU64,
-    /// First-byte times since the last report: how many.
-    pub first_bytes: AtomicU32,
     /// Whether it is on the reporter's list.
     pub listed: AtomicBool,
     /// When a breach was last looked for, ms since [`Self::known`] plus one; 0: never.
@@ -108,10 +107,9 @@ impl Upstream {
             app: app.clone(),
             generation,
             known: Instant::now(),
+            is_added: false,
             window: Window::default(),
             requests: AtomicU32::new(0),
-            first_byte_sum_us: AtomicU64::new(0),
-            first_bytes: AtomicU32::new(0),
             listed: AtomicBool::new(false),
             examined: AtomicU64::new(0),
             fitness: AtomicU8::new(fitness as u8),
@@ -143,6 +141,16 @@ impl Upstream {
     #[must_use]
     pub fn in_flight(&self) -> u32 {
         self.in_flight.load(SeqCst)
+    }
+
+    /// Its share of the requests at `now`, of [`balance::FULL_SHARE`].
+    #[must_use]
+    pub fn share(&self, now: Instant, slow_start: Duration) -> u32 {
+        if self.is_added {
+            balance::share(now.saturating_duration_since(self.known), slow_start)
+        } else {
+            balance::FULL_SHARE
+        }
     }
 
     /// Takes a place among at most `limit` requests; `held`: for a request that waited. Whoever gets one calls [`Self::leave`].
@@ -258,9 +266,9 @@ impl Upstream {
 
     /// Its first response byte came; the launcher hears of the first one.
     pub fn first_byte(&self, tick: u64, us: u64) {
-        self.window.record(tick, us);
-        self.first_byte_sum_us.fetch_add(us, Relaxed);
-        self.first_bytes.fetch_add(1, Relaxed);
+        if cfg!(feature = "measure") {
+            self.window.record(tick, us);
+        }
         self.answered();
     }
 

@@ -62,10 +62,15 @@ async fn the_program_gives_up_root_serves_and_ends_when_it_is_idle() {
     let state = launcher.state.root().to_str().unwrap();
     let listen = address.to_string();
     let program = Path::new(env!("CARGO_BIN_EXE_fastcontainer-proxy"));
-    let mut running =
-        start(program, &["--listen", &listen, "--state", state, "--threads", "2", "--die-with-parent"]);
+    let metrics = free_address();
+    let port = metrics.port().to_string();
+    let mut running = start(
+        program,
+        &["--listen", &listen, "--state", state, "--threads", "2", "--die-with-parent", "--metrics", &port],
+    );
     eventually(|| launcher.state.proxy_socket().exists()).await;
     assert_eq!(get(address, "blog.test", "/").await.body, "hello");
+    figures_are_told(&launcher, metrics).await;
     let status = fs::read_to_string(format!("/proc/{}/status", running.0.id())).unwrap();
     if nix::unistd::geteuid().is_root() {
         let line = |key: &str| status.lines().find(|line| line.starts_with(key)).unwrap().to_owned();
@@ -96,6 +101,40 @@ async fn the_program_gives_up_root_serves_and_ends_when_it_is_idle() {
     assert!(!launcher.state.proxy_socket().exists());
     assert!(lines(&log) >= 1, "the log was opened anew");
     assert_eq!(lines(&log) + lines(&rotated), 3, "the last request is in the log too");
+}
+
+/// After one cold request, over HTTP and on the admin socket.
+async fn figures_are_told(launcher: &FakeLauncher, address: SocketAddr) {
+    let mut page = get(address, "localhost", "/metrics").await;
+    // The request is counted a moment after the client has the answer.
+    for _ in 0..100 {
+        if page.body.contains("requests_total") && page.body.contains("class=\"2xx\"") {
+            break;
+        }
+        sleep(Duration::from_millis(20)).await;
+        page = get(address, "localhost", "/metrics").await;
+    }
+    assert_eq!(
+        (page.status, page.header("content-type")),
+        (200, Some("text/plain; version=0.0.4; charset=utf-8"))
+    );
+    let own = admin::metrics(&launcher.state.proxy_socket()).await.unwrap();
+    for text in [page.body, own] {
+        for line in [
+            "fastcontainer_proxy_requests_total{app=\"blog\",class=\"2xx\"} 1",
+            "fastcontainer_proxy_cold_requests_total{app=\"blog\"} 1",
+            "fastcontainer_proxy_in_flight{app=\"blog\"} 0",
+            "fastcontainer_proxy_hold_seconds_count 1",
+            "fastcontainer_proxy_request_duration_seconds_bucket{le=\"+Inf\"} 1",
+            "fastcontainer_proxy_connections_total{kind=\"new\"} 1",
+            "fastcontainer_proxy_unanswered_total{reason=\"queue-full\"} 0",
+            "fastcontainer_proxy_launcher_up 1",
+            "# TYPE fastcontainer_proxy_first_byte_seconds histogram",
+        ] {
+            assert!(text.lines().any(|other| other == line), "{line} is not in:\n{text}");
+        }
+    }
+    assert_eq!(get(address, "localhost", "/").await.status, 404);
 }
 
 #[tokio::test(flavor = "multi_thread")]

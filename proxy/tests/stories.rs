@@ -298,7 +298,7 @@ async fn the_launcher_hears_of_the_first_byte_and_of_activity() {
     for _ in 0..3 {
         assert_eq!(get(proxy.address, "blog.test", "/").await.status, 200);
     }
-    eventually(|| launcher.heard(|request| matches!(request, Request::Report { activity } if activity.iter().any(|one| one.requests > 0 && one.first_byte_us > 0))) > 0).await;
+    eventually(|| launcher.heard(|request| matches!(request, Request::Report { activity } if activity.iter().any(|one| one.requests > 0 && one.window.mean_us > 0))) > 0).await;
     assert_eq!(launcher.heard(|request| matches!(request, Request::FirstByte { .. })), 1);
     // And that there is none any more: otherwise the app would never count as idle.
     eventually(|| launcher.heard(|request| matches!(request, Request::Report { activity } if activity.iter().any(|one| one.requests == 0 && one.in_flight == 0))) > 0).await;
@@ -392,4 +392,63 @@ async fn who_still_waits_when_the_proxy_ends_is_told() {
     let response = held.await.unwrap();
     assert_eq!((response.status, response.header("retry-after")), (503, Some("1")));
     sleep(Duration::ZERO).await;
+}
+
+/// A second instance of `app`, which is ready at `port` from now on.
+async fn add_instance(launcher: &FakeLauncher, proxy: &Proxy, app: &str, port: u16) {
+    let generation = cmdb::Generation(launcher.generation(app).0 + 1);
+    launcher.change(app, |record| {
+        record.generation = generation;
+        record.instances.insert(generation, instance(generation, port));
+    });
+    eventually(|| proxy.house.apps()[0].upstreams().len() == 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_that_is_added_begins_with_few_requests() {
+    let added = of_300_after_an_instance_is_added(Some(Duration::from_secs(3600))).await;
+    assert!((5..80).contains(&added), "{added}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_slow_start_an_instance_that_is_added_has_its_half() {
+    let added = of_300_after_an_instance_is_added(None).await;
+    assert!((100..200).contains(&added), "{added}");
+}
+
+async fn of_300_after_an_instance_is_added(slow_start: Option<Duration>) -> usize {
+    let launcher = FakeLauncher::start();
+    let (first, added) = (Web::saying("first").await, Web::saying("added").await);
+    let mut blog = app("blog");
+    blog.scale.slow_start = slow_start;
+    launcher.put(blog, first.port);
+    let proxy = Proxy::start(&launcher).await;
+    for _ in 0..20 {
+        assert_eq!(get(proxy.address, "blog.test", "/").await.body, "first", "the very first has all");
+    }
+    add_instance(&launcher, &proxy, "blog", added.port).await;
+    for _ in 0..300 {
+        assert_eq!(get(proxy.address, "blog.test", "/").await.status, 200);
+    }
+    assert_eq!(first.count() + added.count(), 320);
+    added.count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_would_wait_goes_to_an_instance_that_was_just_added() {
+    let launcher = FakeLauncher::start();
+    let busy = Web::start(|_| std::future::pending()).await;
+    let added = Web::saying("added").await;
+    let mut blog = app("blog");
+    (blog.scale.slow_start, blog.scale.concurrency) = (Some(Duration::from_secs(3600)), Some(1));
+    launcher.put(blog, busy.port);
+    let proxy = Proxy::start(&launcher).await;
+    let address = proxy.address;
+    let stuck = tokio::spawn(async move { get(address, "blog.test", "/").await });
+    eventually(|| busy.count() == 1).await;
+    let waiting = tokio::spawn(async move { get(address, "blog.test", "/").await });
+    eventually(|| proxy.held() == 1).await;
+    add_instance(&launcher, &proxy, "blog", added.port).await;
+    assert_eq!(waiting.await.unwrap().body, "added");
+    stuck.abort();
 }

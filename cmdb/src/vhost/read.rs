@@ -333,6 +333,7 @@ fn read_scale(reader: &mut Reader<'_>, section: Section<'_>) -> Scale {
         cool_down: reader.duration(section, "cool-down").unwrap_or(Scale::usual_cool_down()),
         concurrency: reader.number(section, "concurrency", 1, 1_000_000).map(|n| n.value),
         pick: pick.unwrap_or_default(),
+        slow_start: reader.duration_or_never(section, "slow-start").unwrap_or(None),
     }
 }
 

@@ -226,6 +226,14 @@ pub(super) const KEYS: &[Key] = &[
         "How one of several instances is picked: at random, or the less busy one of two random ones.",
     ),
     key(
+        "scale",
+        "slow-start",
+        "a duration or \"never\"",
+        "\"never\"",
+        "\"20s\"",
+        "An instance that is added beside others begins with a tenth of a full share of the requests, which grows to a full one over this time: for apps that compile or fill caches as they go. What nobody else has room for goes to it all the same.",
+    ),
+    key(
         "hold",
         "queue",
         "a number",

@@ -44,6 +44,7 @@ pub(crate) fn app(name: &str, host: &str) -> App {
             cool_down: Scale::usual_cool_down(),
             concurrency: None,
             pick: cmdb::app::Pick::Random,
+            slow_start: None,
         },
         hold: Hold { queue: 10, timeout: Duration::from_secs(30), page: false },
     }

@@ -6,7 +6,10 @@ use std::{io, path::Path};
 use serde::{Deserialize, Serialize};
 use tokio_seqpacket::UnixSeqpacket;
 
-use crate::packet::{self, PacketError};
+use crate::{
+    packet::{self, PacketError},
+    wire::Window,
+};
 
 /// Most requests that one [`Question::Recent`] is told of: they fit into one packet however long their paths are.
 pub const MOST_RECENT: usize = 40;
@@ -21,6 +24,8 @@ pub enum Question {
     Recent(usize),
     /// How the proxy is.
     Stats {},
+    /// All figures in Prometheus' text format; [`metrics`] asks this.
+    Metrics {},
 }
 
 /// The answer.
@@ -33,6 +38,8 @@ pub enum Answer {
     Recent(Vec<RequestRecord>),
     /// To [`Question::Stats`].
     Stats(Stats),
+    /// To [`Question::Metrics`]: a piece of the text; an empty one ends it.
+    Metrics(String),
     /// The question was refused or not understood.
     Error(String),
 }
@@ -111,12 +118,12 @@ pub struct InstanceStats {
     pub state: String,
     /// Requests under way.
     pub in_flight: u32,
-    /// Responses in the last full second.
-    pub last_second: u32,
-    /// Their first-byte time, half of them, µs.
-    pub p50_us: u64,
-    /// Nine of ten of them, µs.
-    pub p90_us: u64,
+    /// Requests of its app that wait for a place.
+    #[serde(default)]
+    pub held: u32,
+    /// First-byte times of the last second.
+    #[serde(flatten)]
+    pub window: Window,
 }
 
 /// Asks the proxy that listens at `path`.
@@ -124,11 +131,33 @@ pub struct InstanceStats {
 /// # Errors
 /// Nobody listens there, or the connection failed.
 pub async fn ask(path: &Path, question: &Question) -> Result<Answer, PacketError> {
-    let socket = UnixSeqpacket::connect(path).await.map_err(|error| {
-        PacketError::Io(io::Error::new(error.kind(), format!("{}: {error}", path.display())))
-    })?;
+    let socket = connect(path).await?;
     packet::send(&socket, question, &[]).await?;
     Ok(packet::receive(&socket, &mut Vec::new()).await?.0)
+}
+
+/// The proxy's figures in Prometheus' text format, which are more than a packet holds.
+///
+/// # Errors
+/// As for [`ask`]; [`PacketError::Io`] with the proxy's words when it refuses.
+pub async fn metrics(path: &Path) -> Result<String, PacketError> {
+    let socket = connect(path).await?;
+    packet::send(&socket, &Question::Metrics {}, &[]).await?;
+    let (mut text, mut buffer) = (String::new(), Vec::new());
+    loop {
+        match packet::receive(&socket, &mut buffer).await?.0 {
+            Answer::Metrics(piece) if piece.is_empty() => return Ok(text),
+            Answer::Metrics(piece) => text.push_str(&piece),
+            Answer::Error(message) => return Err(PacketError::Io(io::Error::other(message))),
+            _ => return Err(PacketError::Io(io::Error::other("the proxy answered something else"))),
+        }
+    }
+}
+
+async fn connect(path: &Path) -> Result<UnixSeqpacket, PacketError> {
+    UnixSeqpacket::connect(path).await.map_err(|error| {
+        PacketError::Io(io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+    })
 }
 
 #[cfg(test)]

@@ -265,8 +265,6 @@ pub struct Activity {
     pub in_flight: u32,
     /// Requests begun since the last report.
     pub requests: u32,
-    /// Mean first-byte time since the last report, µs; 0 when none.
-    pub first_byte_us: u64,
     /// The first-byte times of the last second.
     #[serde(default)]
     pub window: Window,
@@ -280,10 +278,16 @@ pub struct Activity {
 pub struct Window {
     /// Responses.
     pub count: u32,
+    /// Their mean, µs.
+    #[serde(default)]
+    pub mean_us: u64,
     /// Half of them began within this time, µs.
     pub p50_us: u64,
     /// Nine of ten did.
     pub p90_us: u64,
+    /// Ninety-nine of a hundred did.
+    #[serde(default)]
+    pub p99_us: u64,
 }
 
 /// How an instance came to be ready.
@@ -334,6 +338,9 @@ pub struct Status {
     pub in_flight: u32,
     /// Requests so far.
     pub requests: u64,
+    /// First-byte times of the last second, from the proxy that has most of them; `None`: no requests.
+    #[serde(default)]
+    pub window: Option<Window>,
     /// CPU used, µs.
     pub cpu_us: Option<u64>,
     /// Quota in thousandths of a core that is in force now; `None`: unlimited.

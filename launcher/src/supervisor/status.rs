@@ -33,6 +33,11 @@ impl Supervisor {
         status.idle_ms =
             Some(if status.in_flight > 0 { 0 } else { ms(Instant::now() - running.last_active) });
         status.requests = running.requests;
+        status.window = running
+            .recent_reports()
+            .map(|(_, activity)| activity.window)
+            .filter(|window| window.count > 0)
+            .max_by_key(|window| window.count);
         status.cpu_us = group.and_then(|g| g.cpu_stat().ok()).map(|s| s.usage_us);
         status.cpu_limit = self.quota().filter(|_| running.quota_applied);
         status.memory_bytes = memory.map(|m| m.current);
@@ -58,6 +63,7 @@ pub(crate) fn absent(app: &App, record: Option<&AppRecord>) -> Status {
         idle_ms: None,
         in_flight: 0,
         requests: 0,
+        window: None,
         cpu_us: None,
         cpu_limit: None,
         memory_bytes: None,

@@ -62,7 +62,7 @@ pub async fn pause(session: &mut Session, ctx: &mut Ctx, app: &AppRuntime) -> pi
     ctx.watch.enter(Part::Hold);
     let pause = Duration::from_millis(5 << ctx.unconnected.saturating_sub(1).min(7));
     let deadline = ctx.watch.begun() + app.spec.load().hold.timeout;
-    if deadline <= ctx.watch.since() + pause {
+    if deadline <= std::time::Instant::now() + pause {
         return Err(ctx.fail(Fault::HoldTimeout));
     }
     tokio::select! {

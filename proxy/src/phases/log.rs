@@ -7,6 +7,8 @@ use pingora::{Error, proxy::Session};
 
 use super::{Ctx, client_ip};
 use crate::{
+    measure::Part,
+    metrics::Outcome,
     pages::Fault,
     telemetry::{Record, header_of, host_of},
     tenant::House,
@@ -28,6 +30,17 @@ pub fn log(house: &House, session: &Session, error: Option<&Error>, ctx: &mut Ct
         },
         (None, None) => "",
     };
+    let status = session.response_written().map(|response| response.status);
+    let outcome = Outcome {
+        status: status.map_or(0, |status| status.as_u16()),
+        hold: ctx.held.then(|| ctx.watch.spent(Part::Hold)),
+        first_byte_us: ctx.first_byte_us,
+        total: ctx.watch.total(),
+        retries: ctx.unconnected + ctx.resent,
+        cold: ctx.cold,
+        error,
+    };
+    house.metrics.request(ctx.app.as_deref(), &outcome);
     house.telemetry.push(Record {
         request_id: ctx.request_id,
         ended: SystemTime::now(),
@@ -37,12 +50,12 @@ pub fn log(house: &House, session: &Session, error: Option<&Error>, ctx: &mut Ct
         host: host_of(request),
         referer: header_of(request, header::REFERER),
         user_agent: header_of(request, header::USER_AGENT),
-        status: session.response_written().map(|response| response.status),
+        status,
         bytes: session.body_bytes_sent(),
         app: ctx.app.clone(),
         generation: ctx.generation,
         watch: std::mem::take(&mut ctx.watch),
-        retries: ctx.unconnected + ctx.resent,
+        retries: outcome.retries,
         cold: ctx.cold,
         error,
     });

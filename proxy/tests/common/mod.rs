@@ -318,6 +318,7 @@ pub fn app(app: &str) -> App {
             cool_down: Scale::usual_cool_down(),
             concurrency: None,
             pick: Pick::Random,
+            slow_start: None,
         },
         hold: Hold { queue: 1000, timeout: Duration::from_secs(15), page: false },
     }
