@@ -1,4 +1,4 @@
-.PHONY: help up test bench images build lint clean
+.PHONY: help up test bench loadtest images build lint clean
 help:   ; @sed -n 's/^## //p' Makefile
 ## make up      install what is missing, build, run FastContainer with conf.d/ (root; LISTEN=host:port)
 up:     ; @scripts/up
@@ -6,6 +6,8 @@ up:     ; @scripts/up
 test:   ; @scripts/test
 ## make bench   install what is missing, build, measure beside nginx and bare Pingora (root)
 bench:  ; @scripts/bench
+## make loadtest  the paper's experiment and others: target/loadtest/report.html (root; ARGS="fig3 --long", see docs/loadtest.md)
+loadtest: ; @scripts/loadtest $(ARGS)
 ## make images  build the images of the demonstration and test applications
 images: ; @scripts/images
 ## make build   build the programs for development
