@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::digest::Digest;
-use super::oci::{self, ImageConfig, Layout, LayerBlob, OciError, Reference};
+use super::oci::{self, ImageConfig, LayerBlob, Layout, OciError, Reference};
 use super::tree::OPAQUE;
 use super::unpack::{Bounds, Form};
 use super::{ImageError, Inner, Layers, UNFINISHED, archive, key_of, open_dir, remove_tree, tempfile_in};
@@ -117,7 +117,8 @@ impl Inner {
         // Two images that are being unpacked may have the same layer.
         let turn = self.flight(&place);
         let _turn = turn.blocking_lock();
-        let about = match fs::read(place.join(ABOUT)).ok().and_then(|text| serde_json::from_slice(&text).ok()) {
+        let about = match fs::read(place.join(ABOUT)).ok().and_then(|text| serde_json::from_slice(&text).ok())
+        {
             Some(about) => about,
             None => self.unpack_layer(path, layout, layer, &place, bounds)?,
         };
@@ -141,9 +142,8 @@ impl Inner {
             make_root(&tree).map_err(|error| ImageError::io(&tree, "make", error))?;
             let root = open_dir(&tree).map_err(|error| ImageError::io(&tree, "open", error))?;
             let blob = layout.layer(layer).map_err(refused)?;
-            let unpacked = archive::unpack_from(blob, root.as_fd(), bounds, Form::Layer).map_err(|why| {
-                refused(OciError::Layer { digest: layer.digest.clone(), refused: why })
-            })?;
+            let unpacked = archive::unpack_from(blob, root.as_fd(), bounds, Form::Layer)
+                .map_err(|why| refused(OciError::Layer { digest: layer.digest.clone(), refused: why }))?;
             if unpacked.digest != layer.digest {
                 let (told, found) = (layer.digest.clone(), unpacked.digest);
                 return Err(refused(OciError::Digest { what: "layer", told, found }));

@@ -31,7 +31,9 @@ pub enum OciError {
     #[error("it has no index.json and so is no OCI image layout (`skopeo copy … oci:PATH` makes one)")]
     NoIndex,
     /// An archive of a layout that is compressed, or no archive.
-    #[error("it cannot be read as a plain tar archive of an OCI image layout: {0} (a compressed one must be unpacked first)")]
+    #[error(
+        "it cannot be read as a plain tar archive of an OCI image layout: {0} (a compressed one must be unpacked first)"
+    )]
     Archive(io::Error),
     /// The archive has too many entries to be an image layout.
     #[error("it has more than {0} entries and so is no archive of an OCI image layout")]

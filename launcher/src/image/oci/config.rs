@@ -38,13 +38,16 @@ impl ImageConfig {
         if !workdir.is_empty() && !workdir.starts_with('/') {
             return Err(OciError::Config(format!("WorkingDir {workdir:?} is no absolute path")));
         }
-        let texts = command.iter().chain(env.iter().flat_map(|(name, value)| [name, value])).chain([&workdir]);
+        let texts =
+            command.iter().chain(env.iter().flat_map(|(name, value)| [name, value])).chain([&workdir]);
         if texts.clone().any(|text| text.contains('\0')) {
             return Err(OciError::Config("a text holds a zero byte".to_owned()));
         }
         // It travels to the spawner in one packet.
         if texts.map(String::len).sum::<usize>() > MAX_TEXT {
-            return Err(OciError::Config(format!("command and environment are longer than {MAX_TEXT} bytes")));
+            return Err(OciError::Config(format!(
+                "command and environment are longer than {MAX_TEXT} bytes"
+            )));
         }
         Ok(ImageConfig {
             command,

@@ -93,7 +93,9 @@ fn text(platform: &Platform) -> String {
 }
 
 fn names(held: &[Descriptor]) -> Vec<String> {
-    held.iter().map(|descriptor| name(descriptor).unwrap_or_else(|| descriptor.digest().to_string())).collect()
+    held.iter()
+        .map(|descriptor| name(descriptor).unwrap_or_else(|| descriptor.digest().to_string()))
+        .collect()
 }
 
 fn name(descriptor: &Descriptor) -> Option<String> {

@@ -124,7 +124,9 @@ async fn what_a_layer_takes_away_is_marked_in_the_form_of_overlayfs() {
     assert!(opaque("full") && opaque("turned") && opaque("implied"));
     assert!(!opaque("etc"));
     assert_eq!(fs::read_to_string(tree.join("kept")).unwrap(), "mine", "a layer does not take away its own");
-    assert!(fs::read_dir(&tree).unwrap().flatten().all(|e| !e.file_name().to_string_lossy().contains(".wh.")));
+    assert!(
+        fs::read_dir(&tree).unwrap().flatten().all(|e| !e.file_name().to_string_lossy().contains(".wh."))
+    );
 }
 
 #[tokio::test]
@@ -315,10 +317,9 @@ async fn what_is_no_image_is_said_to_be_none() {
 
     let mut lab = Lab::new();
     let manifest = lab.layout.manifest(&[], json!({}));
-    let mut inner = lab.layout.blob(
-        "application/vnd.oci.image.index.v1+json",
-        &serde_json::to_vec(&index(&[manifest])).unwrap(),
-    );
+    let mut inner = lab
+        .layout
+        .blob("application/vnd.oci.image.index.v1+json", &serde_json::to_vec(&index(&[manifest])).unwrap());
     for _ in 0..6 {
         let bytes = serde_json::to_vec(&index(&[inner])).unwrap();
         inner = lab.layout.blob("application/vnd.oci.image.index.v1+json", &bytes);
