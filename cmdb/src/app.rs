@@ -32,15 +32,15 @@ pub struct App {
 /// `[container]`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Container {
-    /// `dir:/absolute/path` or `tar:/absolute/path` (relative paths of the file are resolved by the parser).
+    /// `dir:`, `tar:` or `oci:` and an absolute path (relative paths of the file are resolved by the parser).
     pub image: String,
-    /// Program and arguments; not empty.
+    /// Program and arguments; empty: the image's own.
     pub command: Vec<String>,
     /// TCP port on which the app listens; `None`: the first on which it does.
     pub port: Option<u16>,
-    /// Whom it runs as, as in the image's passwd file; empty: the container's root.
+    /// Whom it runs as, as in the image's passwd file; empty: as the image says, else the container's root.
     pub user: String,
-    /// Working directory inside; `/` by default.
+    /// Working directory inside; empty: as the image says, else `/`.
     pub workdir: String,
     /// Environment.
     pub env: BTreeMap<String, String>,

@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 
 use cmdb::{App, AppName, Generation, InstanceId};
 use launcher_client::wire::{RefusalCode, Step, WakeTiming};
-use nix::libc::{SIGKILL, SIGTERM};
+use nix::libc::SIGKILL;
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
@@ -132,6 +132,10 @@ struct Made {
     trace: Trace,
     /// As long as this is held, a newer version of the image does not displace the unpacked layers.
     _image: Lease,
+    /// Where it is to listen, by its vhost file or its image.
+    port: Option<u16>,
+    /// What asks it to end.
+    stop_signal: i32,
     /// Where it listens already: it is one that an earlier daemon started.
     listens: Option<u16>,
 }
@@ -227,7 +231,8 @@ impl Launch {
         let (stderr, spare_err, capture) =
             self.output.capture(self.generation, "stderr").map_err(|e| self.cannot(&e))?;
         captures.push(capture);
-        let plan = self.plan(trace.begun_unix_us(), &image.id)?;
+        let plan = self.plan(trace.begun_unix_us(), &image)?;
+        let (port, stop_signal) = (plan.port, image.config.stop_signal());
         let outputs = vec![spare_out, spare_err];
         let fds = PlanFds { layers: image.fds, volumes, cgroup_tasks, cgroup_dir, stdout, stderr, outputs };
         let created = self.host.keeper.create(plan, fds).await.map_err(|e| self.not_created(&e))?;
@@ -245,7 +250,7 @@ impl Launch {
         let note =
             Note::Created { generation: self.generation, pid, group: Arc::clone(&group), image: image.id };
         self.tell(note);
-        Ok(Made { created, group, sockets, trace, _image: image.lease, listens: None })
+        Ok(Made { created, group, sockets, trace, _image: image.lease, port, stop_signal, listens: None })
     }
 
     /// A process that ended before its network could be entered has a cause of its own to tell.
@@ -290,7 +295,7 @@ impl Launch {
                 event = events.recv() => match event {
                     Some(KeeperEvent::Execed { timings, notify, at_us, .. }) => {
                         trace.execed(timings.into_iter().map(step), at_us);
-                        if !notify && let Some(port) = self.app.container.port {
+                        if !notify && let Some(port) = made.port {
                             let sockets = made.sockets.clone();
                             probe = Some(tokio::spawn(async move { ready::probe(&sockets, port).await }));
                         } else if !notify {
@@ -319,7 +324,7 @@ impl Launch {
                 },
                 found = joined(&mut probe) => {
                     probe = None;
-                    match (found, self.app.container.port) {
+                    match (found, made.port) {
                         (Ok(found), Some(port)) => {
                             listens = true;
                             self.publish(&made, port, trace.ready(found.at_us));
@@ -332,11 +337,11 @@ impl Launch {
                     }
                 }
                 wish = self.control.recv(), if kill_at.is_none() => match wish {
-                    Some(Control::Terminate(grace)) if handles_sigterm(made.created.pid) => {
-                        self.host.keeper.kill(&container, SIGTERM);
+                    Some(Control::Terminate(grace)) if handles(made.created.pid, made.stop_signal) => {
+                        self.host.keeper.kill(&container, made.stop_signal);
                         kill_at = Some(Instant::now() + grace);
                     }
-                    // Without a handler the kernel drops SIGTERM for the first process of a pid namespace, so
+                    // Without a handler the kernel drops the signal for the first process of a pid namespace, so
                     // waiting would be in vain. A supervisor that is gone wants no instance.
                     Some(Control::Terminate(_)) | None => {
                         self.host.keeper.kill(&container, SIGKILL);
@@ -444,13 +449,13 @@ fn only_v6_loopback(listening: &Listening) -> bool {
     listening.address.is_ipv6() && listening.address.is_loopback()
 }
 
-/// Whether the process catches SIGTERM (proc_pid_status(5), `SigCgt`); when that cannot be read, it is assumed.
-fn handles_sigterm(pid: i32) -> bool {
+/// Whether the process catches a signal (proc_pid_status(5), `SigCgt`); when that cannot be read, it is assumed.
+fn handles(pid: i32, signal: i32) -> bool {
     let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else { return true };
     let caught = status.lines().find_map(|l| l.strip_prefix("SigCgt:"));
     caught
         .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-        .is_none_or(|mask| mask & (1 << (SIGTERM - 1)) != 0)
+        .is_none_or(|mask| mask & 1_u64.unbounded_shl(u32::try_from(signal - 1).unwrap_or(u32::MAX)) != 0)
 }
 
 async fn sleep_until(deadline: Option<Instant>) {

@@ -12,7 +12,8 @@ use toml::de::DeTable;
 use super::{
     LARGEST, app_name,
     fault::{Fault, without_mark},
-    reader::{At, Reader, Section},
+    image,
+    reader::{Reader, Section},
     too_large,
 };
 use crate::{
@@ -164,13 +165,15 @@ fn server_names(reader: &mut Reader<'_>, top: Section<'_>) -> Option<Vec<Named>>
 }
 
 fn read_container(reader: &mut Reader<'_>, section: Section<'_>, base: &Path) -> Option<Container> {
-    for name in ["image", "command"] {
-        if !section.has(name) {
-            reader.missing(section, name);
-        }
+    if !section.has("image") {
+        reader.missing(section, "image");
     }
-    let image = reader.text(section, "image").and_then(|image| read_image(reader, image, base));
-    let command = reader.texts(section, "command").and_then(|command| {
+    let image = reader.text(section, "image").and_then(|image| image::read(reader, image, base));
+    // Only an image with a configuration of its own can do without.
+    if !section.has("command") && image.as_deref().is_none_or(|image| !image::is_oci(image)) {
+        reader.missing(section, "command");
+    }
+    let command = reader.texts(section, "command").map_or(Some(Vec::new()), |command| {
         if command.value.first().is_none_or(|program| program.value.is_empty()) {
             reader.absent(
                 command.span,
@@ -189,25 +192,10 @@ fn read_container(reader: &mut Reader<'_>, section: Section<'_>, base: &Path) ->
             reader.fault(workdir.span, "\"workdir\" is no absolute path", "let it begin with \"/\"");
             String::new()
         }
-        None => "/".to_owned(),
+        None => String::new(),
     };
     let env = read_env(reader, section);
     Some(Container { image: image?, command: command?, port, user, workdir, env })
-}
-
-fn read_image(reader: &mut Reader<'_>, image: At<String>, base: &Path) -> Option<String> {
-    let kinds = "write \"dir:/path/of/a/folder\" or \"tar:/path/of/an/archive\"";
-    let Some((scheme, path)) =
-        image.value.split_once(':').filter(|(scheme, _)| matches!(*scheme, "dir" | "tar"))
-    else {
-        reader.fault(image.span, "\"image\" does not say of which kind it is", kinds);
-        return None;
-    };
-    if path.is_empty() {
-        reader.fault(image.span, "\"image\" has no path", kinds);
-        return None;
-    }
-    Some(format!("{scheme}:{}", base.join(path).display()))
 }
 
 fn read_env(reader: &mut Reader<'_>, section: Section<'_>) -> BTreeMap<String, String> {

@@ -29,7 +29,7 @@ impl Cache {
         let file = dir.join(FILE);
         let text = std::fs::read(&file).unwrap_or_default();
         let mut known: BTreeMap<PathBuf, (Key, String)> = serde_json::from_slice(&text).unwrap_or_default();
-        known.retain(|path, _| path.exists());
+        known.retain(|source, _| super::source_exists(source));
         Cache { file, known }
     }
 

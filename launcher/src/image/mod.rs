@@ -1,12 +1,16 @@
 //! The image store: turns the name of an image into directories that a container's root is laid over.
 //!
 //! `dir:/path` is used where it lies. `tar:/path` (plain, gzip or zstd) is unpacked once for each content that it has
-//! had, into `sha256-<digest>`; each start uses the newest. What an archive says is trusted in nothing.
+//! had, into `sha256-<digest>`; each start uses the newest. The layers of `oci:/path` are unpacked once each, into
+//! `layer-<digest>`, and shared by all images that have them. What an archive says is trusted in nothing.
 
 mod archive;
 mod cache;
+mod digest;
 #[cfg(test)]
 mod hostile;
+mod layers;
+mod oci;
 mod tree;
 mod unpack;
 
@@ -21,10 +25,15 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use rustix::fs::{Dir, Mode, OFlags};
 
 use cache::{Cache, Key};
+pub use digest::{Digest, DigestError};
+use layers::{IMAGE, LAYER};
+pub use oci::{ImageConfig, OciError};
 pub use unpack::{Bounds, Refused};
 
 /// Names of directories that are being filled or emptied; whatever bears them at a start is rubbish.
 const UNFINISHED: &str = ".unfinished-";
+/// Names of unpacked archives: this and their digest.
+const UNPACKED: &str = "sha256-";
 
 /// Where images come from and where unpacked ones are kept; cheap to clone.
 #[derive(Clone, Debug)]
@@ -48,8 +57,11 @@ struct Inner {
 pub struct Layers {
     /// Directories, lowest first.
     pub fds: Vec<OwnedFd>,
-    /// What exactly this is: `sha256-<digest>` of an archive, or device, inode and modification time of a directory.
+    /// What exactly this is: `sha256-<digest>` of an archive, `oci-<digest>` of a manifest, or device, inode and
+    /// modification time of a directory.
     pub id: String,
+    /// How the image wants to be run.
+    pub config: ImageConfig,
     /// To be held for as long as a container uses the layers.
     pub lease: Lease,
 }
@@ -57,14 +69,21 @@ pub struct Layers {
 /// Keeps an unpacked version from being removed when a newer one takes its place.
 #[derive(Clone, Debug)]
 pub struct Lease {
-    _name: Arc<str>,
+    names: Vec<Arc<str>>,
+}
+
+impl Lease {
+    fn and(mut self, others: impl IntoIterator<Item = Lease>) -> Lease {
+        self.names.extend(others.into_iter().flat_map(|other| other.names));
+        self
+    }
 }
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
-    /// Neither `dir:/absolute/path` nor `tar:/absolute/path`.
-    #[error("image {image:?}: expected dir:/absolute/path or tar:/absolute/path")]
+    /// Of no kind that is known.
+    #[error("image {image:?}: expected dir:, tar: or oci: and an absolute path")]
     Scheme {
         /// As it was given.
         image: String,
@@ -100,6 +119,14 @@ pub enum ImageError {
         path: PathBuf,
         /// Why.
         refused: Refused,
+    },
+    /// An OCI image that cannot be used.
+    #[error("image {path}: {error}")]
+    Oci {
+        /// Where it is.
+        path: PathBuf,
+        /// Why not.
+        error: OciError,
     },
     /// The archive was written to while it was read.
     #[error("image {path} changed while it was being unpacked; move a finished archive into place instead")]
@@ -168,7 +195,14 @@ impl ImageStore {
     pub async fn resolve(&self, image: &str) -> Result<Layers, ImageError> {
         match image.split_once(':') {
             Some(("dir", path)) if path.starts_with('/') => self.directory(Path::new(path)).await,
-            Some(("tar", path)) if path.starts_with('/') => self.archive(Path::new(path)).await,
+            Some(("tar", path)) if path.starts_with('/') => {
+                let path = PathBuf::from(path);
+                self.one_at_a_time(path.clone(), move |inner| inner.archive(&path)).await
+            }
+            Some(("oci", text)) if text.starts_with('/') => {
+                let text = text.to_owned();
+                self.one_at_a_time(PathBuf::from(&text), move |inner| inner.oci(&text)).await
+            }
             _ => Err(ImageError::Scheme { image: image.to_owned() }),
         }
     }
@@ -176,7 +210,8 @@ impl ImageStore {
     /// Holds the image of that [`Layers::id`], for a container that was made from it earlier.
     #[must_use]
     pub fn lease(&self, id: &str) -> Lease {
-        self.inner.hold(id)
+        let layers = self.inner.record(id).map(|record| record.layers).unwrap_or_default();
+        self.inner.hold(id).and(layers.iter().map(|layer| self.inner.hold(layer)))
     }
 
     /// A directory is opened, not copied: in a blocking thread, because it may lie on a network file system.
@@ -192,23 +227,23 @@ impl ImageStore {
                 return Err(ImageError::Empty { path });
             }
             let id = format!("dir-{}-{}-{}", stat.st_dev, stat.st_ino, stat.st_mtime);
-            let lease = Lease { _name: id.as_str().into() };
-            Ok(Layers { fds: vec![fd], id, lease })
+            let lease = Lease { names: Vec::new() };
+            Ok(Layers { fds: vec![fd], id, config: ImageConfig::default(), lease })
         })
         .await
     }
 
-    async fn archive(&self, path: &Path) -> Result<Layers, ImageError> {
-        let flight = {
-            let mut flights = self.inner.flights.lock().unwrap_or_else(PoisonError::into_inner);
-            flights.entry(path.to_owned()).or_default().clone()
-        };
+    /// Of any number of callers for the same path, one works at a time; the others find what it did.
+    async fn one_at_a_time(
+        &self,
+        path: PathBuf,
+        work: impl FnOnce(&Inner) -> Result<Layers, ImageError> + Send + 'static,
+    ) -> Result<Layers, ImageError> {
         let inner = self.inner.clone();
-        let path = path.to_owned();
         // The lock goes along: if the caller leaves, the unpacking is finished all the same, and still by one.
-        let turn = flight.lock_owned().await;
-        blocking(path.clone(), move || {
-            let layers = inner.archive(&path);
+        let turn = inner.flight(&path).lock_owned().await;
+        blocking(path, move || {
+            let layers = work(&inner);
             drop(turn);
             layers
         })
@@ -217,6 +252,12 @@ impl ImageStore {
 }
 
 impl Inner {
+    fn flight(&self, path: &Path) -> Arc<tokio::sync::Mutex<()>> {
+        let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        flights.retain(|_, flight| Arc::strong_count(flight) > 1);
+        flights.entry(path.to_owned()).or_default().clone()
+    }
+
     fn archive(&self, path: &Path) -> Result<Layers, ImageError> {
         let file = File::open(path).map_err(|error| ImageError::open(path, error))?;
         let key = key_of(path, &file)?;
@@ -238,7 +279,7 @@ impl Inner {
             tempfile_in(&self.dir).map_err(|error| ImageError::io(&self.dir, "make a directory", error))?;
         let filled = self.fill(path, file, key, &unfinished);
         let moved = filled.and_then(|digest| {
-            let name = format!("sha256-{digest}");
+            let name = format!("{UNPACKED}{}", digest.hex());
             let place = self.dir.join(&name);
             match std::fs::rename(&unfinished, &place) {
                 Ok(()) => Ok(name),
@@ -253,7 +294,7 @@ impl Inner {
         moved.inspect_err(|_| remove_tree(&unfinished))
     }
 
-    fn fill(&self, path: &Path, file: File, key: &Key, place: &Path) -> Result<String, ImageError> {
+    fn fill(&self, path: &Path, file: File, key: &Key, place: &Path) -> Result<Digest, ImageError> {
         let root = open_dir(place).map_err(|error| ImageError::io(place, "open", error))?;
         let again = file.try_clone().map_err(|error| ImageError::io(path, "duplicate", error))?;
         let (digest, report) =
@@ -277,7 +318,7 @@ impl Inner {
             leases.insert(name.to_owned(), Arc::downgrade(&held));
             held
         });
-        Lease { _name: held }
+        Lease { names: vec![held] }
     }
 
     fn unpacked(&self, name: &str) -> Result<Layers, ImageError> {
@@ -285,25 +326,29 @@ impl Inner {
         // Held before it is opened: from now on nobody moves it away.
         let lease = self.hold(name);
         let fd = open_dir(&place).map_err(|error| ImageError::io(&place, "open", error))?;
-        Ok(Layers { fds: vec![fd], id: name.to_owned(), lease })
+        Ok(Layers { fds: vec![fd], id: name.to_owned(), config: ImageConfig::default(), lease })
     }
 
-    /// Removes unpacked versions that are neither the newest of an archive nor used by anybody.
+    /// Removes unpacked versions that are neither the newest of an image nor used by anybody.
     fn remove_unused(&self) {
-        let wanted = self.lock_cache().names();
+        let mut wanted = self.lock_cache().names();
+        let layers: Vec<String> =
+            wanted.iter().filter_map(|name| self.record(name)).flat_map(|record| record.layers).collect();
+        wanted.extend(layers);
         let Ok(entries) = std::fs::read_dir(&self.dir) else { return };
         for entry in entries.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if !name.starts_with("sha256-") || wanted.contains(&name) {
+            let file = entry.file_name().to_string_lossy().into_owned();
+            let name = file.strip_suffix(".json").unwrap_or(&file);
+            if ![UNPACKED, LAYER, IMAGE].iter().any(|kind| name.starts_with(kind)) || wanted.contains(name) {
                 continue;
             }
-            let aside = self.dir.join(format!("{UNFINISHED}{name}"));
+            let aside = self.dir.join(format!("{UNFINISHED}{file}"));
             {
                 let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
-                if leases.get(&name).is_some_and(|lease| lease.strong_count() > 0) {
+                if leases.get(name).is_some_and(|lease| lease.strong_count() > 0) {
                     continue;
                 }
-                leases.remove(&name);
+                leases.remove(name);
                 // Under the lock: nobody can open it by its name any more.
                 if std::fs::rename(entry.path(), &aside).is_err() {
                     continue;
@@ -316,6 +361,11 @@ impl Inner {
     fn lock_cache(&self) -> std::sync::MutexGuard<'_, Cache> {
         self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether the file or folder of a `tar:` or `oci:` image is still there.
+fn source_exists(source: &Path) -> bool {
+    source.exists() || oci::Reference::parse(&source.to_string_lossy()).path.exists()
 }
 
 async fn blocking<T: Send + 'static>(
@@ -360,7 +410,11 @@ fn tempfile_in(dir: &Path) -> io::Result<PathBuf> {
 
 /// Removes a tree of ours; the standard library does not follow symbolic links there.
 fn remove_tree(path: &Path) {
-    if let Err(error) = std::fs::remove_dir_all(path)
+    let removed = std::fs::remove_dir_all(path).or_else(|error| match error.kind() {
+        io::ErrorKind::NotADirectory => std::fs::remove_file(path),
+        _ => Err(error),
+    });
+    if let Err(error) = removed
         && error.kind() != io::ErrorKind::NotFound
     {
         tracing::warn!(path = %path.display(), %error, "a directory of the image store cannot be removed");

@@ -7,7 +7,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT, Uid, openat2,
+    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags,
+    openat2,
 };
 use rustix::io::Errno;
 
@@ -69,11 +70,16 @@ impl<'a> Tree<'a> {
             None => self.root.try_clone_to_owned()?,
             Some((parent, name)) => {
                 let parent = self.parent(parent)?.try_clone_to_owned()?;
-                if kind_of(&parent, name)? != Some(FileType::Directory) {
+                let found = kind_of(&parent, name)?;
+                if found != Some(FileType::Directory) {
                     self.make_way(&parent, name)?;
                     rustix::fs::mkdirat(&parent, name, Mode::RWXU)?;
                 }
-                open_directory(parent.as_fd(), Path::new(name))?
+                let directory = open_directory(parent.as_fd(), Path::new(name))?;
+                if found == Some(FileType::CharacterDevice) {
+                    make_opaque(&directory)?;
+                }
+                directory
             }
         };
         own(directory.as_fd(), owner)?;
@@ -132,6 +138,24 @@ impl<'a> Tree<'a> {
         Ok(())
     }
 
+    /// Hides what lower layers have under that name, in overlayfs's form: a character device 0:0. What this layer itself
+    /// brings under the name stays, whether it came before or comes later.
+    pub(super) fn whiteout(&mut self, path: &Path) -> Result<(), TreeError> {
+        let (parent, name) = split(path).ok_or(TreeError::Root)?;
+        let parent = self.parent(parent)?.try_clone_to_owned()?;
+        match kind_of(&parent, name)? {
+            None => Ok(rustix::fs::mknodat(&parent, name, FileType::CharacterDevice, Mode::empty(), 0)?),
+            Some(FileType::Directory) => make_opaque(&open_directory(parent.as_fd(), Path::new(name))?),
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// Hides everything that lower layers have in a directory.
+    pub(super) fn opaque(&mut self, path: &Path) -> Result<(), TreeError> {
+        let directory = self.parent(path)?.try_clone_to_owned()?;
+        make_opaque(&directory)
+    }
+
     /// Sets the directories' times, the last given first.
     pub(super) fn finish(&mut self) {
         for (path, mtime) in std::mem::take(&mut self.times).into_iter().rev() {
@@ -170,6 +194,8 @@ impl<'a> Tree<'a> {
                 Err(TreeError::Io(error)) if error.kind() == io::ErrorKind::NotFound => {
                     self.make_directories(path)?
                 }
+                // Perhaps a whiteout stands in the way; if it is anything else, this fails again.
+                Err(TreeError::NotThrough) => self.make_directories(path)?,
                 other => other?,
             };
             self.last = Some((path.to_owned(), opened));
@@ -187,12 +213,27 @@ impl<'a> Tree<'a> {
                     rustix::fs::fchmod(&made, Mode::from_raw_mode(0o755))?;
                     current = made;
                 }
+                // A directory after all, with nothing of the lower layers in it.
+                Err(Errno::EXIST) if kind_of(&current, name)? == Some(FileType::CharacterDevice) => {
+                    rustix::fs::unlinkat(&current, name, AtFlags::empty())?;
+                    rustix::fs::mkdirat(&current, name, Mode::from_raw_mode(0o755))?;
+                    current = open_directory(current.as_fd(), Path::new(name))?;
+                    rustix::fs::fchmod(&current, Mode::from_raw_mode(0o755))?;
+                    make_opaque(&current)?;
+                }
                 Err(Errno::EXIST) => current = open_directory(current.as_fd(), Path::new(name))?,
                 Err(errno) => return Err(errno.into()),
             }
         }
         Ok(current)
     }
+}
+
+/// overlayfs's mark of a directory that covers those of lower layers.
+pub(super) const OPAQUE: &str = "trusted.overlay.opaque";
+
+fn make_opaque(directory: &OwnedFd) -> Result<(), TreeError> {
+    Ok(rustix::fs::fsetxattr(directory, OPAQUE, b"y", XattrFlags::empty())?)
 }
 
 fn split(path: &Path) -> Option<(&Path, &OsStr)> {

@@ -34,11 +34,23 @@ impl Default for Bounds {
     }
 }
 
+/// What an archive is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Form {
+    /// The whole of a file system.
+    Whole,
+    /// A layer over others (OCI image specification, "Image Layer Filesystem Changeset"): names that begin with `.wh.`
+    /// take away what is beneath.
+    Layer,
+}
+
 /// What was done.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(super) struct Report {
     /// Entries made.
     pub(super) entries: u64,
+    /// Bytes of all files together.
+    pub(super) bytes: u64,
     /// Device nodes and fifos, which a container gets from nobody but the launcher.
     pub(super) skipped: u64,
 }
@@ -94,13 +106,17 @@ struct Member {
 }
 
 /// Unpacks an archive into an empty directory.
-pub(super) fn unpack(reader: impl Read, root: BorrowedFd<'_>, bounds: &Bounds) -> Result<Report, Refused> {
+pub(super) fn unpack(
+    reader: impl Read,
+    root: BorrowedFd<'_>,
+    bounds: &Bounds,
+    form: Form,
+) -> Result<Report, Refused> {
     let mut archive = tar::Archive::new(reader);
     let mut tree = Tree::new(root);
     let mut report = Report::default();
     let mut described = Described::default();
     let mut headers = 0;
-    let mut bytes = 0_u64;
     for entry in archive.entries().map_err(Refused::Read)?.raw(true) {
         let mut entry = entry.map_err(Refused::Read)?;
         headers += 1;
@@ -111,12 +127,24 @@ pub(super) fn unpack(reader: impl Read, root: BorrowedFd<'_>, bounds: &Bounds) -
             continue;
         }
         let member = understand(std::mem::take(&mut described), &entry)?;
-        bytes = bytes.saturating_add(member.size);
-        if bytes > bounds.bytes {
+        report.bytes = report.bytes.saturating_add(member.size);
+        if report.bytes > bounds.bytes {
             return Err(Refused::Bounds { what: "bytes", most: bounds.bytes });
         }
         let refuse = |error: &TreeError| refuse(&member.name, &error.to_string());
         let path = safe_path(&member.name, bounds.depth).map_err(|why| self::refuse(&member.name, why))?;
+        if form == Form::Layer
+            && let Some(mark) = mark_of(&path).map_err(|why| self::refuse(&member.name, why))?
+        {
+            match mark {
+                Mark::Whiteout(path) => tree.whiteout(&path),
+                Mark::Opaque(path) => tree.opaque(&path),
+                Mark::Other => Ok(()),
+            }
+            .map_err(|error| refuse(&error))?;
+            report.entries += 1;
+            continue;
+        }
         match member.kind {
             EntryType::Block | EntryType::Char | EntryType::Fifo => {
                 report.skipped += 1;
@@ -143,7 +171,8 @@ pub(super) fn unpack(reader: impl Read, root: BorrowedFd<'_>, bounds: &Bounds) -
         .map_err(|error| refuse(&error))?;
         report.entries += 1;
     }
-    if report.entries == 0 {
+    // A layer without entries changes nothing, and image builders do write such layers.
+    if report.entries == 0 && form == Form::Whole {
         return Err(Refused::Empty);
     }
     tree.finish();
@@ -227,6 +256,32 @@ fn safe_path(bytes: &[u8], depth: usize) -> Result<PathBuf, &'static str> {
         }
     }
     if path.components().count() > depth { Err("it lies too deep") } else { Ok(path) }
+}
+
+/// An entry of a layer that speaks of lower layers.
+enum Mark {
+    /// That path is gone.
+    Whiteout(PathBuf),
+    /// All that lower layers have in that directory is gone.
+    Opaque(PathBuf),
+    /// Something of a former union file system's own (AUFS), which says nothing.
+    Other,
+}
+
+fn mark_of(path: &Path) -> Result<Option<Mark>, &'static str> {
+    const PREFIX: &[u8] = b".wh.";
+    let marked = |name: &OsStr| name.as_bytes().starts_with(PREFIX);
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(None) };
+    if parent.components().any(|part| marked(part.as_os_str())) {
+        return Err("it lies in a whiteout");
+    }
+    let Some(hidden) = name.as_bytes().strip_prefix(PREFIX) else { return Ok(None) };
+    Ok(Some(match hidden {
+        b"" | b"." | b".." => return Err("it is a whiteout of no name"),
+        b".wh..opq" => Mark::Opaque(parent.to_owned()),
+        other if other.starts_with(PREFIX) => Mark::Other,
+        other => Mark::Whiteout(parent.join(OsStr::from_bytes(other))),
+    }))
 }
 
 fn name_of(entry: &mut tar::Entry<'_, impl Read>) -> Result<Vec<u8>, Refused> {

@@ -3,6 +3,7 @@
 use std::{os::fd::OwnedFd, sync::Arc};
 
 use cmdb::{App, fingerprint::fnv1a};
+use nix::libc::SIGTERM;
 use serde::{Deserialize, Serialize};
 
 use super::{End, Launch, Made};
@@ -23,6 +24,13 @@ pub struct Tag {
     pub begun_us: u64,
     /// Fingerprint of what it was told to run, see [`fingerprint`].
     pub runs: u64,
+    /// The signal that asks it to end.
+    #[serde(default = "sigterm")]
+    pub stop_signal: i32,
+}
+
+fn sigterm() -> i32 {
+    SIGTERM
 }
 
 /// A container that an earlier daemon started and that listens.
@@ -69,6 +77,8 @@ impl Launch {
             sockets,
             trace: Trace::of_earlier(adoption.tag.begun_us),
             _image: self.host.images.lease(&adoption.tag.image),
+            port: Some(adoption.port),
+            stop_signal: adoption.tag.stop_signal,
             listens: Some(adoption.port),
         })
     }

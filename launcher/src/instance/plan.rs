@@ -1,10 +1,12 @@
 //! What the spawner is asked to make of an app.
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use super::{End, Launch, Tag, fingerprint};
+use crate::image::Layers;
 use crate::sandbox::{Plan, VolumePlan};
 
 /// Descriptors that an app may open; Debian's default for services.
@@ -14,35 +16,47 @@ const SHM_BYTES: u64 = 64 << 20;
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 impl Launch {
-    pub(super) fn plan(&self, begun_us: u64, image: &str) -> Result<Plan, End> {
-        let container = &self.app.container;
+    /// The vhost file's word goes before the image's.
+    pub(super) fn plan(&self, begun_us: u64, image: &Layers) -> Result<Plan, End> {
+        let (container, own) = (&self.app.container, &image.config);
+        let or = |given: &String, own: &String| if given.is_empty() { own.clone() } else { given.clone() };
+        let argv = if container.command.is_empty() { own.command.clone() } else { container.command.clone() };
+        if argv.first().is_none_or(String::is_empty) {
+            return Err(self.failed(
+                "could not be started: its image says no command; set container.command in the vhost file",
+            ));
+        }
+        let port = container.port.or(own.port);
         let Some(id_base) = self.host.id_base(&self.app.name) else {
             return Err(self.failed("could not be started: no range of user ids is left on this host"));
         };
-        let mut env = container.env.clone();
+        let mut env: BTreeMap<String, String> = own.env.iter().cloned().collect();
+        env.extend(container.env.clone());
         let mut default = |name: &str, value: String| {
             env.entry(name.to_owned()).or_insert(value);
         };
         default("PATH", DEFAULT_PATH.into());
         default("HOME", "/".into());
         default("HOSTNAME", self.app.name.to_string());
-        if let Some(port) = container.port {
+        if let Some(port) = port {
             default("PORT", port.to_string());
         }
         default("FC_APP", self.app.name.to_string());
         default("FC_GENERATION", self.generation.to_string());
         default("FC_WAKE_STARTED_NS", (begun_us * 1000).to_string());
         let volumes = self.app.volumes.iter();
-        let tag = Tag { id_base, image: image.to_owned(), begun_us, runs: fingerprint(&self.app) };
+        let stop_signal = own.stop_signal();
+        let tag =
+            Tag { id_base, image: image.id.clone(), begun_us, runs: fingerprint(&self.app), stop_signal };
         Ok(Plan {
             id: self.container(),
             note: serde_json::to_string(&tag).map_err(|e| self.cannot(&e))?,
             hostname: self.app.name.to_string(),
-            argv: container.command.clone(),
+            argv,
             env: env.into_iter().map(|(name, value)| format!("{name}={value}")).collect(),
-            workdir: container.workdir.clone(),
-            user: container.user.clone(),
-            port: container.port,
+            workdir: or(&container.workdir, &own.workdir),
+            user: or(&container.user, &own.user),
+            port,
             id_base,
             upper_bytes: self.app.resources.disk.0,
             shm_bytes: SHM_BYTES,
