@@ -8,7 +8,7 @@
 mod journal;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{SystemTime, UNIX_EPOCH},
@@ -18,8 +18,9 @@ use async_trait::async_trait;
 use tokio::sync::mpsc;
 
 use crate::{
-    app::{App, AppName, HostPattern},
+    app::{App, AppName},
     instance::Generation,
+    mirror::Mirror,
     store::{Change, Store, StoreError},
     transition::{AppRecord, Outcome, Transition},
 };
@@ -29,8 +30,6 @@ use journal::Journal;
 const CEILING_AHEAD_MS: u64 = 600_000;
 /// It is raised when it is less far ahead than this, in ms.
 const CEILING_LOW_MS: u64 = 300_000;
-/// Changes that may wait for a slow watcher, beyond the apps that there are; then its watch is cut.
-const WATCHER_LAG: usize = 4_096;
 
 /// See the module.
 #[derive(Debug)]
@@ -41,9 +40,7 @@ pub struct EmbeddedStore {
 
 #[derive(Debug, Default)]
 struct Inner {
-    apps: BTreeMap<AppName, Entry>,
-    owners: HashMap<HostPattern, AppName>,
-    watchers: Vec<mpsc::Sender<Change>>,
+    mirror: Mirror,
     /// What the journal holds, or is about to hold.
     ceiling: u64,
     /// Floor of every generation: the ceiling as it was found.
@@ -53,12 +50,6 @@ struct Inner {
     /// The last change of each app that is on its way to the disk: only that one may take effect, for those before it
     /// are outdated by then.
     pending: HashMap<AppName, u64>,
-}
-
-#[derive(Clone, Debug)]
-struct Entry {
-    app: Arc<App>,
-    record: Arc<AppRecord>,
 }
 
 impl EmbeddedStore {
@@ -73,7 +64,7 @@ impl EmbeddedStore {
         for (name, stored) in found.apps {
             match serde_json::from_slice::<App>(&stored) {
                 Ok(app) => {
-                    if let Err(error) = inner.put(Arc::new(app)) {
+                    if let Err(error) = inner.mirror.put(Arc::new(app)) {
                         tracing::warn!(app = name, %error, "an app of the journal is left out");
                     }
                 }
@@ -89,20 +80,6 @@ impl EmbeddedStore {
         store.journal.raise_ceiling_now(ceiling)?;
         store.lock().ceiling = ceiling;
         Ok(store)
-    }
-
-    /// The app and its record.
-    #[must_use]
-    pub fn get(&self, app: &AppName) -> Option<(Arc<App>, Arc<AppRecord>)> {
-        let inner = self.lock();
-        let entry = inner.apps.get(app)?;
-        Some((Arc::clone(&entry.app), Arc::clone(&entry.record)))
-    }
-
-    /// Every app and its record, by name.
-    #[must_use]
-    pub fn list(&self) -> Vec<(Arc<App>, Arc<AppRecord>)> {
-        self.lock().apps.values().map(|e| (Arc::clone(&e.app), Arc::clone(&e.record))).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -134,14 +111,14 @@ impl Store for EmbeddedStore {
         let now_ms = now_ms();
         let mut inner = self.lock();
         let floor = inner.floor;
-        let Some(entry) = inner.apps.get(app) else { return Err(StoreError::UnknownApp(app.clone())) };
+        let Some(entry) = inner.mirror.get(app) else { return Err(StoreError::UnknownApp(app.clone())) };
         let mut record = AppRecord::clone(&entry.record);
         // The floor is applied here and not at the start, so that a record that is new has it too.
         record.generation = record.generation.max(Generation(floor));
         let outcome = record.apply(&transition, now_ms);
         if record.rev != entry.record.rev {
             self.mind_ceiling(&mut inner, record.generation.0, now_ms)?;
-            inner.set_record(app, Arc::new(record.clone()));
+            inner.mirror.set_record(app, Arc::new(record.clone()));
         }
         Ok((outcome, record))
     }
@@ -152,18 +129,18 @@ impl Store for EmbeddedStore {
             .map_err(|e| StoreError::Corrupt { app: app.name.to_string(), reason: e.to_string() })?;
         let (change, durable) = {
             let mut inner = self.lock();
-            inner.check_names(&app)?;
+            inner.mirror.check_names(&app)?;
             // Claimed before they are durable, so that of two apps that ask at once one is refused.
-            inner.claim_names(&app);
+            inner.mirror.claim_names(&app);
             // Sent under the lock: the journal's order is that of the numbers.
             (inner.number(&app.name), self.journal.put(app.name.to_string(), stored)?)
         };
         let written = durable.wait().await;
         let mut inner = self.lock();
         match (inner.settle(&app.name, change), written) {
-            (true, Ok(())) => inner.put(app),
+            (true, Ok(())) => inner.mirror.put(app),
             (true, Err(error)) => {
-                inner.reclaim_names(&app.name);
+                inner.mirror.reclaim_names(&app.name);
                 Err(error)
             }
             (false, written) => written,
@@ -184,43 +161,21 @@ impl Store for EmbeddedStore {
     }
 
     async fn watch(&self) -> Result<mpsc::Receiver<Change>, StoreError> {
-        let mut inner = self.lock();
-        let (sender, receiver) = mpsc::channel(inner.apps.len() + WATCHER_LAG);
-        // All under the lock: no change can come between the snapshot and what follows it.
-        for entry in inner.apps.values() {
-            let _ = sender.try_send(entry.change());
-        }
-        let _ = sender.try_send(Change::Synced);
-        inner.watchers.push(sender);
-        Ok(receiver)
+        Ok(self.lock().mirror.watch())
+    }
+
+    fn get(&self, app: &AppName) -> Option<(Arc<App>, Arc<AppRecord>)> {
+        let inner = self.lock();
+        let entry = inner.mirror.get(app)?;
+        Some((Arc::clone(&entry.app), Arc::clone(&entry.record)))
+    }
+
+    fn list(&self) -> Vec<(Arc<App>, Arc<AppRecord>)> {
+        self.lock().mirror.entries().map(|e| (Arc::clone(&e.app), Arc::clone(&e.record))).collect()
     }
 }
 
 impl Inner {
-    fn check_names(&self, app: &App) -> Result<(), StoreError> {
-        for name in &app.server_names {
-            if let Some(owner) = self.owners.get(name).filter(|owner| **owner != app.name) {
-                let (app, owner) = (app.name.clone(), owner.clone());
-                return Err(StoreError::DuplicateName { name: name.to_string(), app, owner });
-            }
-        }
-        Ok(())
-    }
-
-    fn claim_names(&mut self, app: &App) {
-        for name in &app.server_names {
-            self.owners.insert(name.clone(), app.name.clone());
-        }
-    }
-
-    /// The app has the names of its last good configuration again, and no others.
-    fn reclaim_names(&mut self, app: &AppName) {
-        self.owners.retain(|_, owner| owner != app);
-        if let Some(entry) = self.apps.get(app).cloned() {
-            self.claim_names(&entry.app);
-        }
-    }
-
     /// The number of a change of the app's configuration that begins now.
     fn number(&mut self, app: &AppName) -> u64 {
         self.changes += 1;
@@ -237,46 +192,11 @@ impl Inner {
         last
     }
 
-    fn put(&mut self, app: Arc<App>) -> Result<(), StoreError> {
-        self.check_names(&app)?;
-        let known = self.apps.get(&app.name);
-        if known.is_some_and(|known| known.app.server_names != app.server_names) {
-            self.owners.retain(|_, owner| *owner != app.name);
-        }
-        self.claim_names(&app);
-        let record = self.apps.get(&app.name).map(|e| Arc::clone(&e.record)).unwrap_or_default();
-        let entry = Entry { app: Arc::clone(&app), record };
-        self.publish(entry.change());
-        self.apps.insert(app.name.clone(), entry);
-        Ok(())
-    }
-
     fn remove(&mut self, app: &AppName) {
-        if let Some(entry) = self.apps.remove(app) {
-            self.owners.retain(|_, owner| *owner != *app);
+        if let Some(entry) = self.mirror.remove(app) {
             // If it comes back under this name its generations go on above those that it had.
             self.floor = self.floor.max(entry.record.generation.0);
-            self.publish(Change::Removed(app.clone()));
         }
-    }
-
-    fn set_record(&mut self, app: &AppName, record: Arc<AppRecord>) {
-        if let Some(entry) = self.apps.get_mut(app) {
-            entry.record = record;
-            let change = entry.change();
-            self.publish(change);
-        }
-    }
-
-    /// A watcher that has fallen too far behind is cut: it begins again, and nobody waits for it.
-    fn publish(&mut self, change: Change) {
-        self.watchers.retain(|watcher| watcher.try_send(change.clone()).is_ok());
-    }
-}
-
-impl Entry {
-    fn change(&self) -> Change {
-        Change::Put { app: Arc::clone(&self.app), record: Arc::clone(&self.record) }
     }
 }
 

@@ -8,6 +8,8 @@ pub mod cache;
 pub mod embedded;
 pub mod fingerprint;
 pub mod instance;
+mod mirror;
+pub mod redis;
 pub mod store;
 pub mod transition;
 pub mod units;

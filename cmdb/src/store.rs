@@ -25,6 +25,12 @@ pub trait Store: Send + Sync + 'static {
     /// Everything there is, as [`Change::Put`]s, then [`Change::Synced`], then each change as it happens. When the
     /// channel ends the watch was lost (or its reader too slow): begin again.
     async fn watch(&self) -> Result<mpsc::Receiver<Change>, StoreError>;
+
+    /// The app and its record, as this process knows them now; no I/O.
+    fn get(&self, app: &AppName) -> Option<(Arc<App>, Arc<AppRecord>)>;
+
+    /// Every app and its record, by name, as this process knows them now; no I/O.
+    fn list(&self) -> Vec<(Arc<App>, Arc<AppRecord>)>;
 }
 
 /// One step of a watch.

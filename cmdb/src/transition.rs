@@ -143,6 +143,21 @@ impl AppRecord {
         self.instances.values().filter(|i| i.state == State::Ready)
     }
 
+    /// Two histories of one app have grown apart (a store could not be reached, or has lost something): `node`'s instances
+    /// are as `mine` has them, for it is the authority about what it runs; everybody else's stay as they are here.
+    pub fn take_over(&mut self, mine: &Self, node: &str) {
+        self.instances.retain(|_, instance| instance.node != node);
+        let of_node = mine.instances.iter().filter(|(_, instance)| instance.node == node);
+        self.instances.extend(of_node.map(|(generation, instance)| (*generation, instance.clone())));
+        self.generation = self.generation.max(mine.generation);
+        if mine.backoff_until_ms > self.backoff_until_ms {
+            self.failures = mine.failures;
+            self.backoff_until_ms = mine.backoff_until_ms;
+            self.last_failure.clone_from(&mine.last_failure);
+        }
+        self.rev = self.rev.max(mine.rev) + 1;
+    }
+
     fn decide(&mut self, transition: &Transition, now_ms: u64) -> Outcome {
         match transition {
             Transition::Wake { node, start_timeout_ms } => self.wake(node, *start_timeout_ms, now_ms),

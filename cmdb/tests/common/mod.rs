@@ -1,6 +1,8 @@
 //! An app like those that tests need.
 #![allow(dead_code, reason = "each test uses its own part")]
 
+pub(crate) mod redis;
+
 use std::{collections::BTreeMap, time::Duration};
 
 use cmdb::{

@@ -1,0 +1,387 @@
+//! The CMDB of many hosts: in Redis (6.2 or newer, or Valkey), mirrored in the memory of every process that uses it.
+//!
+//! One hash per app holds its spec and the record of its instances. Every change is decided by the one state machine
+//! ([`crate::transition`]) on the mirror and carried out by one script that refuses when the hash is not as the mirror
+//! thinks; then the mirror is corrected by what the script returned and the change decided again. So a transition costs
+//! one round trip when nobody else was faster, and there is no second state machine in Lua that could differ.
+//!
+//! While Redis cannot be reached a launcher goes on with its own instances (law 1) and tells Redis afterwards; it is
+//! the authority about what runs on its node (law 3), so whatever Redis has forgotten comes back.
+
+mod address;
+mod commands;
+mod dirty;
+mod follow;
+mod state;
+mod stored;
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    task::JoinHandle,
+};
+
+use crate::{
+    app::{App, AppName},
+    store::{Change, Store, StoreError},
+    transition::{AppRecord, Outcome, Transition},
+};
+use address::Address;
+pub use address::AddressError;
+use commands::{Commands, Swap, Swapped};
+use state::State;
+use stored::Stored;
+
+/// How often a change is decided anew because somebody else was faster.
+const ATTEMPTS: usize = 64;
+
+/// The longest that a request may be kept waiting by Redis; then its host goes on without.
+pub const BUDGET: Duration = Duration::from_millis(150);
+
+/// What a process is to the CMDB.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Role {
+    /// It only reads: a proxy.
+    Reader,
+    /// It brings the configuration: the CoreAPI.
+    Configurer,
+    /// It runs instances under this node name: a launcher.
+    Node(String),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct RedisStore {
+    shared: Arc<Shared>,
+    follower: JoinHandle<()>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    commands: Commands,
+    role: Role,
+    state: Mutex<State>,
+    link: watch::Sender<Link>,
+    /// Something has changed here that Redis has not been told.
+    untold: Notify,
+}
+
+/// How the mirror stands to Redis.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Link {
+    /// The mirror has been filled at least once.
+    pub filled: bool,
+    /// It is told of every change at this time.
+    pub connected: bool,
+}
+
+impl RedisStore {
+    /// Begins to follow the CMDB at `address` (`redis://…`, `rediss://…`, `redis+unix://…`, `redis-sentinel://…`). Returns
+    /// at once, whether Redis can be reached or not; see [`RedisStore::link`]. To be called within a tokio runtime.
+    ///
+    /// `budget`: the longest that one transition may wait for Redis, [`BUDGET`] for requests' sake.
+    ///
+    /// # Errors
+    /// When the address cannot be understood.
+    pub fn open(address: &str, role: Role, budget: Duration) -> Result<Self, AddressError> {
+        let shared = Arc::new(Shared {
+            commands: Commands::new(Address::parse(address)?, budget),
+            role,
+            state: Mutex::default(),
+            link: watch::Sender::default(),
+            untold: Notify::new(),
+        });
+        let follower = tokio::spawn(follow::follow(Arc::clone(&shared)));
+        Ok(Self { shared, follower })
+    }
+
+    /// Follows how the mirror stands to Redis.
+    #[must_use]
+    pub fn link(&self) -> watch::Receiver<Link> {
+        self.shared.link.subscribe()
+    }
+}
+
+impl Drop for RedisStore {
+    fn drop(&mut self) {
+        self.follower.abort();
+    }
+}
+
+#[async_trait]
+impl Store for RedisStore {
+    async fn apply(&self, app: &AppName, transition: Transition) -> Result<(Outcome, AppRecord), StoreError> {
+        match self.shared.apply(app, &transition).await {
+            Err(StoreError::Unavailable(why)) => {
+                let here = self.shared.apply_here(app, &transition);
+                here.unwrap_or_else(|| Err(StoreError::Unavailable(why)))
+            }
+            done => done,
+        }
+    }
+
+    async fn put_app(&self, app: App) -> Result<(), StoreError> {
+        let app = Arc::new(app);
+        self.shared.claim_names(&app).await?;
+        let before = self.shared.lock().known(&app.name).and_then(|known| known.app.clone());
+        self.shared.put_spec(&app).await?;
+        for name in before.iter().flat_map(|before| &before.server_names) {
+            if !app.server_names.contains(name) {
+                self.shared.commands.give_back(name, &app.name).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn remove_app(&self, app: &AppName) -> Result<(), StoreError> {
+        let Some(removed) = self.shared.remove_spec(app).await? else { return Ok(()) };
+        for name in &removed.server_names {
+            self.shared.commands.give_back(name, app).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the mirror has been filled.
+    async fn watch(&self) -> Result<mpsc::Receiver<Change>, StoreError> {
+        let ended = |_| StoreError::Unavailable("the CMDB is not followed any more".to_owned());
+        self.shared.link.subscribe().wait_for(|link| link.filled).await.map_err(ended)?;
+        Ok(self.shared.lock().watch())
+    }
+
+    fn get(&self, app: &AppName) -> Option<(Arc<App>, Arc<AppRecord>)> {
+        self.shared.lock().get(app)
+    }
+
+    fn list(&self) -> Vec<(Arc<App>, Arc<AppRecord>)> {
+        self.shared.lock().list()
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Poisoned by a panic between two map operations at worst: every entry is whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn node(&self) -> Option<&str> {
+        match &self.role {
+            Role::Node(node) => Some(node),
+            Role::Reader | Role::Configurer => None,
+        }
+    }
+
+    async fn apply(
+        &self,
+        app: &AppName,
+        transition: &Transition,
+    ) -> Result<(Outcome, AppRecord), StoreError> {
+        if self.lock().is_untold(app) {
+            self.tell(app).await?;
+        }
+        for _ in 0..ATTEMPTS {
+            let from = self.known(app).await?;
+            if from.app.is_none() {
+                return Err(StoreError::UnknownApp(app.clone()));
+            }
+            let now_ms = self.lock().now_ms();
+            let mut record = AppRecord::clone(&from.record);
+            let outcome = record.apply(transition, now_ms);
+            // What is refused changes nothing; that it was rightly refused is confirmed all the same.
+            let to = if record.rev == from.record.rev { Vec::new() } else { record_fields(app, &record)? };
+            let swap = Swap { app, from: &from, now_ms: Some(now_ms), to };
+            if let Some(now) = self.swap(&swap).await? {
+                if !swap.to.is_empty() {
+                    let rev = record.rev.to_string();
+                    let written = Stored { rev, record: Arc::new(record.clone()), ..from };
+                    self.lock().took(app, written, now);
+                }
+                return Ok((outcome, record));
+            }
+        }
+        Err(StoreError::Unavailable(format!("\"{app}\" changes too quickly to be changed")))
+    }
+
+    /// While Redis cannot be reached the node goes on by itself.
+    fn apply_here(
+        &self,
+        app: &AppName,
+        transition: &Transition,
+    ) -> Option<Result<(Outcome, AppRecord), StoreError>> {
+        self.node()?;
+        let mut state = self.lock();
+        let Some((_, record)) = state.get(app) else { return Some(Err(StoreError::UnknownApp(app.clone()))) };
+        let mut record = AppRecord::clone(&record);
+        let rev = record.rev;
+        let outcome = record.apply(transition, state.now_ms());
+        if record.rev != rev {
+            state.set_untold(app, Some(Arc::new(record.clone())));
+            self.untold.notify_one();
+        }
+        Some(Ok((outcome, record)))
+    }
+
+    /// Tells Redis what has changed here while it could not be reached, or what it has lost.
+    async fn tell(&self, app: &AppName) -> Result<(), StoreError> {
+        for _ in 0..ATTEMPTS {
+            let Some(untold) = self.lock().untold(app) else { return Ok(()) };
+            let theirs = self.read(app).await?;
+            let lost = theirs.spec_revision() < untold.srev;
+            if theirs.app.is_none() && !lost {
+                // It was removed meanwhile: what runs of it here is ended by whoever watches.
+                self.lock().settle(app, untold.stamp, theirs);
+                return Ok(());
+            }
+            let mut merged = AppRecord::clone(&theirs.record);
+            merged.take_over(&untold.record, self.node().unwrap_or_default());
+            let mut to = record_fields(app, &merged)?;
+            let mut settled =
+                Stored { rev: merged.rev.to_string(), record: Arc::new(merged), ..theirs.clone() };
+            if lost {
+                settled.srev = self.lock().next_spec_revision(app);
+                to.extend(spec_fields(&untold.spec, &settled.srev)?);
+                settled.app = Some(untold.spec);
+            }
+            if self.swap(&Swap { app, from: &theirs, now_ms: None, to }).await?.is_some() {
+                self.lock().settle(app, untold.stamp, settled);
+                return Ok(());
+            }
+        }
+        Err(StoreError::Unavailable(format!("\"{app}\" changes too quickly to be told")))
+    }
+
+    async fn put_spec(&self, app: &Arc<App>) -> Result<(), StoreError> {
+        for _ in 0..ATTEMPTS {
+            let from = self.known(&app.name).await?;
+            let srev = self.lock().next_spec_revision(&app.name);
+            let to = spec_fields(app, &srev)?;
+            if let Some(now) = self.swap(&Swap { app: &app.name, from: &from, now_ms: None, to }).await? {
+                let written = Stored { srev, app: Some(Arc::clone(app)), ..from };
+                self.lock().took(&app.name, written, now);
+                return Ok(());
+            }
+        }
+        Err(StoreError::Unavailable(format!("\"{}\" changes too quickly to be put", app.name)))
+    }
+
+    /// What remains are the revisions and the highest generation: should the app come back, both go on rising.
+    async fn remove_spec(&self, app: &AppName) -> Result<Option<Arc<App>>, StoreError> {
+        for _ in 0..ATTEMPTS {
+            let from = self.known(app).await?;
+            let Some(removed) = from.app.clone() else { return Ok(None) };
+            let record = AppRecord {
+                rev: from.record.rev + 1,
+                generation: from.record.generation,
+                ..AppRecord::default()
+            };
+            let srev = self.lock().next_spec_revision(app);
+            let mut to = record_fields(app, &record)?;
+            to.extend([("spec", String::new()), ("srev", srev.clone())]);
+            if let Some(now) = self.swap(&Swap { app, from: &from, now_ms: None, to }).await? {
+                let rev = record.rev.to_string();
+                self.lock().took(app, Stored { rev, srev, record: Arc::new(record), app: None }, now);
+                return Ok(Some(removed));
+            }
+        }
+        Err(StoreError::Unavailable(format!("\"{app}\" changes too quickly to be removed")))
+    }
+
+    /// Of two apps that ask for a name at once one is refused, whoever they ask.
+    async fn claim_names(&self, app: &App) -> Result<(), StoreError> {
+        self.lock().check_names(app)?;
+        for name in &app.server_names {
+            let mut owner = self.commands.claim(name, &app.name, None).await?;
+            if owner != app.name.as_str() {
+                // Claimed by an app that has left it, or never came to have it: its process ended in between.
+                let left = owner.parse().ok().filter(|left| !self.lock().has_name(left, name));
+                if let Some(left) = left {
+                    owner = self.commands.claim(name, &app.name, Some(&left)).await?;
+                }
+            }
+            if owner != app.name.as_str() {
+                let owner = owner.parse().map_err(|_| StoreError::Corrupt {
+                    app: app.name.to_string(),
+                    reason: format!("the server-name \"{name}\" belongs to something that is no app"),
+                })?;
+                return Err(StoreError::DuplicateName {
+                    name: name.to_string(),
+                    app: app.name.clone(),
+                    owner,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Carries out a swap: the server's time when it was done; `None` when what is known had to be corrected first.
+    async fn swap(&self, swap: &Swap<'_>) -> Result<Option<u64>, StoreError> {
+        match self.commands.swap(swap).await? {
+            Swapped::Done(now) => {
+                self.lock().set_clock(now);
+                Ok(Some(now))
+            }
+            Swapped::Otherwise(now, fields) => {
+                let theirs = decode(swap.app, &fields)?;
+                let mut state = self.lock();
+                state.set_clock(now);
+                let same = theirs.rev == swap.from.rev && theirs.srev == swap.from.srev;
+                let overtaken = state
+                    .known(swap.app)
+                    .is_some_and(|known| known.rev != swap.from.rev || known.srev != swap.from.srev);
+                if !same && !overtaken && !state.install(swap.app, theirs) {
+                    // Redis has forgotten what it had acknowledged; the follower will see that, and mend it.
+                    return Err(StoreError::Unavailable("Redis has lost what it knew".to_owned()));
+                }
+                Ok(None)
+            }
+        }
+    }
+
+    /// The app's hash as the mirror knows it; as Redis does, where the mirror knows nothing.
+    async fn known(&self, app: &AppName) -> Result<Stored, StoreError> {
+        if let Some(known) = self.lock().known(app).cloned() {
+            return Ok(known);
+        }
+        let theirs = self.read(app).await?;
+        self.lock().install(app, theirs.clone());
+        Ok(theirs)
+    }
+
+    async fn read(&self, app: &AppName) -> Result<Stored, StoreError> {
+        decode(app, &self.commands.read(app).await?)
+    }
+}
+
+fn decode(app: &AppName, fields: &[Vec<u8>]) -> Result<Stored, StoreError> {
+    Stored::decode(app, fields).map_err(|reason| StoreError::Corrupt { app: app.to_string(), reason })
+}
+
+fn record_fields(app: &AppName, record: &AppRecord) -> Result<Vec<(&'static str, String)>, StoreError> {
+    let text = serde_json::to_string(record).map_err(|e| corrupt(app, &e))?;
+    if text.len() > stored::RECORD_MAX {
+        return Err(StoreError::Corrupt {
+            app: app.to_string(),
+            reason: format!("{} bytes of instances; {} are allowed", text.len(), stored::RECORD_MAX),
+        });
+    }
+    Ok(vec![("record", text), ("rev", record.rev.to_string())])
+}
+
+fn spec_fields(app: &App, srev: &str) -> Result<Vec<(&'static str, String)>, StoreError> {
+    let text = serde_json::to_string(app).map_err(|e| corrupt(&app.name, &e))?;
+    if text.len() > stored::SPEC_MAX {
+        return Err(StoreError::Corrupt {
+            app: app.name.to_string(),
+            reason: format!("{} bytes of configuration; {} are allowed", text.len(), stored::SPEC_MAX),
+        });
+    }
+    Ok(vec![("spec", text), ("srev", srev.to_owned())])
+}
+
+fn corrupt(app: &AppName, error: &serde_json::Error) -> StoreError {
+    StoreError::Corrupt { app: app.to_string(), reason: error.to_string() }
+}

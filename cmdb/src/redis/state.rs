@@ -1,0 +1,239 @@
+//! The mirror of a CMDB in Redis, what it was made from, and what Redis has yet to be told.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::{Instant, SystemTime, UNIX_EPOCH},
+};
+
+use tokio::sync::mpsc;
+
+use super::stored::Stored;
+use crate::{
+    app::{App, AppName, HostPattern},
+    mirror::Mirror,
+    store::{Change, StoreError},
+    transition::AppRecord,
+};
+
+/// A resync that would remove more than half of more than this many apps is distrusted.
+const MASS_REMOVAL: usize = 20;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    mirror: Mirror,
+    /// What Redis holds, as far as is known; also of apps that were removed.
+    known: HashMap<AppName, Stored>,
+    /// Apps whose record here is ahead of what Redis holds, with the number of the last change.
+    untold: HashMap<AppName, u64>,
+    changes: u64,
+    /// Apps of which a server-name is another's: each gets its names when the other leaves them.
+    shadowed: HashSet<AppName>,
+    /// The server's clock (ms since the Unix epoch) at a moment of ours.
+    clock: Option<(Instant, u64)>,
+}
+
+/// What Redis must be told of an app.
+pub(super) struct Untold {
+    /// Its instances as they are here.
+    pub(super) record: Arc<AppRecord>,
+    /// Its configuration as it is here, should Redis have lost it.
+    pub(super) spec: Arc<App>,
+    /// Revision of the configuration that Redis had, once.
+    pub(super) srev: u64,
+    /// Number of the last change.
+    pub(super) stamp: u64,
+}
+
+impl State {
+    pub(super) fn get(&self, app: &AppName) -> Option<(Arc<App>, Arc<AppRecord>)> {
+        self.mirror.get(app).map(|e| (Arc::clone(&e.app), Arc::clone(&e.record)))
+    }
+
+    pub(super) fn list(&self) -> Vec<(Arc<App>, Arc<AppRecord>)> {
+        self.mirror.entries().map(|e| (Arc::clone(&e.app), Arc::clone(&e.record))).collect()
+    }
+
+    pub(super) fn watch(&mut self) -> mpsc::Receiver<Change> {
+        self.mirror.watch()
+    }
+
+    pub(super) fn check_names(&self, app: &App) -> Result<(), StoreError> {
+        self.mirror.check_names(app)
+    }
+
+    pub(super) fn has_name(&self, app: &AppName, name: &HostPattern) -> bool {
+        self.mirror.get(app).is_some_and(|entry| entry.app.server_names.contains(name))
+    }
+
+    pub(super) fn known(&self, app: &AppName) -> Option<&Stored> {
+        self.known.get(app)
+    }
+
+    /// The server's clock, ms since the Unix epoch; our own where it has not told it yet.
+    pub(super) fn now_ms(&self) -> u64 {
+        let ms = |d: std::time::Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
+        match self.clock {
+            Some((at, server)) => server + ms(at.elapsed()),
+            None => SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, ms),
+        }
+    }
+
+    pub(super) fn set_clock(&mut self, server_ms: u64) {
+        self.clock = Some((Instant::now(), server_ms));
+    }
+
+    /// Above the one before it, and above any that was forgotten with an expired key.
+    pub(super) fn next_spec_revision(&self, app: &AppName) -> String {
+        let last = self.known.get(app).map_or(0, Stored::spec_revision);
+        (last + 1).max(self.now_ms()).to_string()
+    }
+
+    /// We have written this.
+    pub(super) fn took(&mut self, app: &AppName, written: Stored, server_ms: u64) {
+        self.set_clock(server_ms);
+        self.install(app, written);
+    }
+
+    /// Redis holds this. Returns `false`, and does nothing, when something newer is known: revisions only rise.
+    pub(super) fn install(&mut self, app: &AppName, theirs: Stored) -> bool {
+        if let Some(known) = self.known.get(app) {
+            let older =
+                theirs.record.rev < known.record.rev || theirs.spec_revision() < known.spec_revision();
+            if older {
+                return false;
+            }
+            if theirs.rev == known.rev && theirs.srev == known.srev {
+                return true;
+            }
+        }
+        self.install_whatever(app, theirs);
+        true
+    }
+
+    /// Redis holds this, be it older than what was known: it was restored, or its primary changed.
+    pub(super) fn install_whatever(&mut self, app: &AppName, theirs: Stored) {
+        let record = match self.mirror.get(app) {
+            // What runs here is ours to tell.
+            Some(mine) if self.untold.contains_key(app) => Arc::clone(&mine.record),
+            _ => Arc::clone(&theirs.record),
+        };
+        match theirs.app.clone() {
+            Some(spec) => self.show(spec, record),
+            None => self.hide(app),
+        }
+        self.known.insert(app.clone(), theirs);
+    }
+
+    /// The app is not in Redis at all.
+    pub(super) fn forget(&mut self, app: &AppName) {
+        self.known.remove(app);
+        self.hide(app);
+    }
+
+    /// A change that Redis must be told; `record`: what it is now, where it changed here.
+    pub(super) fn set_untold(&mut self, app: &AppName, record: Option<Arc<AppRecord>>) {
+        self.changes += 1;
+        self.untold.insert(app.clone(), self.changes);
+        if let Some(record) = record {
+            self.mirror.set_record(app, record);
+        }
+    }
+
+    pub(super) fn is_untold(&self, app: &AppName) -> bool {
+        self.untold.contains_key(app)
+    }
+
+    pub(super) fn all_untold(&self) -> Vec<AppName> {
+        self.untold.keys().cloned().collect()
+    }
+
+    pub(super) fn untold(&self, app: &AppName) -> Option<Untold> {
+        let stamp = *self.untold.get(app)?;
+        let known = self.known.get(app);
+        let (shown, record) = self.get(app)?;
+        let spec = known.and_then(|known| known.app.clone()).unwrap_or(shown);
+        Some(Untold { record, spec, srev: known.map_or(0, Stored::spec_revision), stamp })
+    }
+
+    /// Redis has been told, and holds this now. What has changed since then is still to be told.
+    pub(super) fn settle(&mut self, app: &AppName, stamp: u64, settled: Stored) {
+        if self.untold.get(app) == Some(&stamp) {
+            self.untold.remove(app);
+        }
+        self.install_whatever(app, settled);
+    }
+
+    /// Apps that a whole reading of Redis has not `seen`.
+    pub(super) fn missing(&self, seen: &HashSet<AppName>) -> Vec<AppName> {
+        self.mirror.entries().map(|e| &e.app.name).filter(|name| !seen.contains(*name)).cloned().collect()
+    }
+
+    /// Whether the loss of so many apps at once is more likely a mishap than somebody's wish.
+    pub(super) fn is_mishap(&self, missing: usize) -> bool {
+        let all = self.mirror.entries().count();
+        all > MASS_REMOVAL && missing * 2 > all
+    }
+
+    /// Whether a restored Redis lacks something of an app that is known here: its configuration is older, or what `node`
+    /// runs is not as it is.
+    pub(super) fn knows_better(&self, app: &AppName, theirs: &Stored, node: Option<&str>) -> bool {
+        let (Some(mine), Some(known)) = (self.mirror.get(app), self.known.get(app)) else { return false };
+        let on_node = |record: &AppRecord| {
+            let here = record.instances.values().filter(|i| Some(i.node.as_str()) == node);
+            here.cloned().collect::<Vec<_>>()
+        };
+        theirs.spec_revision() < known.spec_revision()
+            || on_node(&mine.record) != on_node(&theirs.record)
+            || mine.record.generation > theirs.record.generation
+    }
+
+    fn show(&mut self, app: Arc<App>, record: Arc<AppRecord>) {
+        let names = |mirror: &Mirror| mirror.get(&app.name).map(|e| e.app.server_names.clone());
+        let before = names(&self.mirror);
+        let shown = self.without_names_of_others(&app);
+        if let Err(error) = self.mirror.put_both(shown, record) {
+            tracing::error!(app = %app.name, %error, "an app of the CMDB is left as it was");
+        }
+        if before.is_some_and(|before| before != app.server_names) {
+            self.show_shadowed();
+        }
+    }
+
+    fn hide(&mut self, app: &AppName) {
+        self.shadowed.remove(app);
+        self.untold.remove(app);
+        if self.mirror.remove(app).is_some() {
+            self.show_shadowed();
+        }
+    }
+
+    /// Whoever had a name first keeps it.
+    fn without_names_of_others(&mut self, app: &Arc<App>) -> Arc<App> {
+        let Err(error) = self.mirror.check_names(app) else {
+            self.shadowed.remove(&app.name);
+            return Arc::clone(app);
+        };
+        if self.shadowed.insert(app.name.clone()) {
+            tracing::error!(app = %app.name, %error, "two apps of the CMDB claim one server-name; the first keeps it");
+        }
+        let mut shown = App::clone(app);
+        shown.server_names.retain(|name| {
+            let one = App { server_names: vec![name.clone()], ..App::clone(app) };
+            self.mirror.check_names(&one).is_ok()
+        });
+        Arc::new(shown)
+    }
+
+    fn show_shadowed(&mut self) {
+        for name in std::mem::take(&mut self.shadowed) {
+            let spec = self.known.get(&name).and_then(|known| known.app.clone());
+            let record = self.mirror.get(&name).map(|entry| Arc::clone(&entry.record));
+            if let (Some(spec), Some(record)) = (spec, record) {
+                let shown = self.without_names_of_others(&spec);
+                let _ = self.mirror.put_both(shown, record);
+            }
+        }
+    }
+}
