@@ -119,7 +119,7 @@ impl Store for RedisStore {
         match self.shared.apply(app, &transition).await {
             Err(StoreError::Unavailable(why)) => {
                 let here = self.shared.apply_here(app, &transition);
-                here.unwrap_or_else(|| Err(StoreError::Unavailable(why)))
+                here.unwrap_or(Err(StoreError::Unavailable(why)))
             }
             done => done,
         }

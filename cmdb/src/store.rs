@@ -12,7 +12,7 @@ use crate::{
 
 /// A home of the CMDB.
 #[async_trait]
-pub trait Store: Send + Sync + 'static {
+pub trait Store: std::fmt::Debug + Send + Sync + 'static {
     /// Carries out one transition of one app; returns the outcome and the record after it.
     async fn apply(&self, app: &AppName, transition: Transition) -> Result<(Outcome, AppRecord), StoreError>;
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use cmdb::{AppName, Generation, embedded::EmbeddedStore};
+use cmdb::{AppName, Generation, Store, embedded::EmbeddedStore};
 use launcher_client::{GovernorMode, paths::StateDir};
 use nix::{
     fcntl::{Flock, FlockArg},
@@ -180,7 +180,7 @@ struct Leftover {
 
 /// Tells the containers of an earlier daemon that can be gone on with, running apps that are still configured, from those
 /// that cannot, half-made ones above all; those are ended.
-fn sort_leftovers(keeper: &Keeper, present: Vec<Found>, store: &EmbeddedStore) -> Vec<Leftover> {
+fn sort_leftovers(keeper: &Keeper, present: Vec<Found>, store: &dyn Store) -> Vec<Leftover> {
     let mut adoptions = Vec::new();
     for found in present {
         let id = found.state.id.clone();
@@ -195,7 +195,7 @@ fn sort_leftovers(keeper: &Keeper, present: Vec<Found>, store: &EmbeddedStore) -
     adoptions
 }
 
-fn leftover(found: Found, store: &EmbeddedStore) -> Option<Leftover> {
+fn leftover(found: Found, store: &dyn Store) -> Option<Leftover> {
     let state = found.state;
     let lives = state.execed && state.exited.is_none() && state.failed.is_none();
     let app: AppName = state.id.app.parse().ok()?;

@@ -10,15 +10,15 @@ use std::{
     },
 };
 
-use cmdb::{AppName, Generation, InstanceId, embedded::EmbeddedStore};
+use cmdb::{AppName, Generation, InstanceId, Store};
 use launcher_client::wire::{Refusal, RefusalCode};
 use tokio::sync::mpsc;
 
 use crate::{
     cgroup::Cgroups,
     events::Events,
-    governor::Governor,
     faults::Faults,
+    governor::Governor,
     image::ImageStore,
     instance::Live,
     keeper::{Keeper, KeeperEvent},
@@ -42,7 +42,7 @@ pub struct Host {
     /// This host's name in the CMDB.
     pub node: String,
     /// The CMDB.
-    pub store: Arc<EmbeddedStore>,
+    pub store: Arc<dyn Store>,
     /// Makes containers.
     pub keeper: Keeper,
     /// Limits them.
@@ -95,7 +95,7 @@ pub struct Parts {
     /// See [`Host::node`].
     pub node: String,
     /// See [`Host::store`].
-    pub store: Arc<EmbeddedStore>,
+    pub store: Arc<dyn Store>,
     /// See [`Host::keeper`].
     pub keeper: Keeper,
     /// See [`Host::cgroups`].

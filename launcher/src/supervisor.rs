@@ -13,7 +13,7 @@ mod status;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use cmdb::{App, Generation, Outcome, Store, Transition};
+use cmdb::{App, Generation, Outcome, Transition};
 use launcher_client::wire::{Activity, LogLine, Refusal, RefusalCode, Status, WakeTiming};
 use tokio::{
     sync::{mpsc, oneshot},

@@ -282,7 +282,6 @@ impl Collector for Scrape {
                 ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
             }
         }
-        drop(family);
         let (counter, gauge) = (MetricType::Counter, MetricType::Gauge);
         by_app(&mut to, "cold_requests", "Requests that waited for a start.", counter, |row| row.cold)?;
         by_app(&mut to, "shed", "Requests refused because too many waited.", counter, |row| row.shed)?;
@@ -304,7 +303,6 @@ impl Collector for Scrape {
         for (reason, count) in Fault::CODES.iter().zip(&metrics.unanswered) {
             ConstCounter::new(count.load(Relaxed)).encode(family.encode_family(&[("reason", *reason)])?)?;
         }
-        drop(family);
         histogram(&mut to, metrics, "hold", "Waiting for an instance, of those that waited.", |one| {
             &one.hold
         })?;
@@ -328,7 +326,6 @@ impl Collector for Scrape {
         ] {
             ConstCounter::new(count).encode(family.encode_family(&[("kind", kind)])?)?;
         }
-        drop(family);
         let (_, unlogged) = house.telemetry.counts();
         counter_of(&mut to, "retries", "Attempts after a request's first.", metrics.sum(|one| &one.retries))?;
         counter_of(

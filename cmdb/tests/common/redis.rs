@@ -1,4 +1,5 @@
 //! A real Redis of the test's own.
+#![allow(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::{
     path::{Path, PathBuf},

@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use cmdb::{AppName, Change, Generation, Store, StoreError};
+use cmdb::{AppName, Change, Generation, StoreError};
 use launcher_client::wire::{Event, MAX_FDS, Refusal, RefusalCode, Reply, Request};
 use tokio::sync::{
     broadcast::{self, error::RecvError},
