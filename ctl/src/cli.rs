@@ -84,6 +84,9 @@ pub(crate) enum Command {
     /// Change the limits of a running app at once, in the same processes
     #[command(after_help = LIMIT)]
     Limit(Limit),
+    /// Set the number of instances of an app, or pause its automatic scaling
+    #[command(after_help = SCALE)]
+    Scale(Scale),
     /// Explain where the time of one request went
     #[command(after_help = WHY)]
     Why(Why),
@@ -238,11 +241,12 @@ pub(crate) struct Restart {
 }
 
 const LIMIT: &str = "\
-The limits hold for the instances that run and for those that start, until the app's vhost file changes or the launcher is
-started anew: write them into the file to keep them. Not an end of anything: the processes go on.
+The limits hold for the instances that run and for those that start, until --reset, or until the app's vhost file gives
+another value for the same limit. They outlive a restart of the launcher. The processes go on. `ps` shows what is set.
 
 Examples:
   sudo fastcontainer limit blog --cpu 60%
+  sudo fastcontainer limit blog --reset                back to what the vhost file says
   sudo fastcontainer limit blog --memory 512MiB --pids 200";
 
 /// `limit`
@@ -259,6 +263,48 @@ pub(crate) struct Limit {
     /// Processes and threads
     #[arg(long)]
     pub(crate) pids: Option<u32>,
+    /// Back to the limits of the vhost file (before other options of the same command)
+    #[arg(long)]
+    pub(crate) reset: bool,
+}
+
+const SCALE: &str = "\
+With a number: so many instances, no fewer and no more, at once; missing ones start, surplus ones are drained and end when
+their requests have ended. Their CPU quotas are still raised and lowered by need. --min and --max set one bound each, and
+leave the rest to the scaler. --pause keeps the scaler from doing anything: number and quotas stay as they are (waking,
+sleeping and lifetimes go on); --resume lets it work again. What is set holds until --auto, or until the app's vhost file
+gives another value for scale.min or scale.max; it outlives a restart of the launcher. `ps` shows what is set.
+
+Examples:
+  sudo fastcontainer scale blog 3
+  sudo fastcontainer scale blog --min 1 --max 8
+  sudo fastcontainer scale blog --pause
+  sudo fastcontainer scale blog --auto                 back to what the vhost file says, and no pause";
+
+/// `scale`
+#[derive(Args, Debug)]
+#[command(group = clap::ArgGroup::new("what").required(true).multiple(true))]
+pub(crate) struct Scale {
+    /// The app's name
+    pub(crate) app: AppName,
+    /// So many instances
+    #[arg(value_name = "N", group = "what", conflicts_with_all = ["min", "max"], value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) instances: Option<u32>,
+    /// Fewest instances
+    #[arg(long, value_name = "N", group = "what")]
+    pub(crate) min: Option<u32>,
+    /// Most instances
+    #[arg(long, value_name = "N", group = "what", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max: Option<u32>,
+    /// Scale nothing by itself, neither the quota nor the number of instances
+    #[arg(long, group = "what", conflicts_with = "resume")]
+    pub(crate) pause: bool,
+    /// Scale by itself again
+    #[arg(long, group = "what")]
+    pub(crate) resume: bool,
+    /// Back to what the vhost file says (before other options of the same command)
+    #[arg(long, group = "what")]
+    pub(crate) auto: bool,
 }
 
 const WHY: &str = "\

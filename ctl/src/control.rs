@@ -1,7 +1,7 @@
-//! `wake`, `stop`, `restart`: what an operator does to one app.
+//! `wake`, `stop`, `restart`, `limit`, `scale`: what an operator does to one app.
 
 use cmdb::{AppName, Generation};
-use launcher_client::wire::{Request, WakeTiming};
+use launcher_client::wire::{Request, ScaleOrder, WakeTiming};
 use serde::Serialize;
 
 use crate::{
@@ -56,8 +56,8 @@ pub(crate) async fn restart(global: &Global, options: cli::Restart, out: &mut Ou
 
 /// `limit`: other limits for the processes that run.
 pub(crate) async fn limit(global: &Global, options: cli::Limit, out: &mut Output) -> Result<(), Failure> {
-    if options.cpu.is_none() && options.memory.is_none() && options.pids.is_none() {
-        return Err(Failure::usage("say what to change: --cpu, --memory or --pids"));
+    if options.cpu.is_none() && options.memory.is_none() && options.pids.is_none() && !options.reset {
+        return Err(Failure::usage("say what to change: --cpu, --memory, --pids or --reset"));
     }
     let client = launcher::connect(global).await?;
     let request = Request::Limit {
@@ -65,9 +65,31 @@ pub(crate) async fn limit(global: &Global, options: cli::Limit, out: &mut Output
         cpu: options.cpu.map(|cpu| cpu.0),
         memory: options.memory.map(|memory| memory.0),
         pids: options.pids,
+        reset: options.reset,
     };
     client.done(request).await?;
-    done(&options.app, "limited", "has other limits from now on, until its vhost file changes", out)
+    done(&options.app, "limited", "has other limits from now on; `ps` shows what is set", out)
+}
+
+/// `scale`: another number of instances, or a pause of the scaler.
+pub(crate) async fn scale(global: &Global, options: cli::Scale, out: &mut Output) -> Result<(), Failure> {
+    let client = launcher::connect(global).await?;
+    let order = ScaleOrder {
+        auto: options.auto,
+        instances: options.instances,
+        min: options.min,
+        max: options.max,
+        paused: options.pause.then_some(true).or(options.resume.then_some(false)),
+    };
+    client.done(Request::Scale { app: options.app.clone(), order }).await?;
+    let says = match (options.instances, options.auto) {
+        (Some(instances), _) => {
+            format!("is brought to {instances} instance(s); `events --app {}` shows how", options.app)
+        }
+        (None, true) => "is scaled as its vhost file says".to_owned(),
+        (None, false) => "is scaled otherwise from now on; `ps` shows what is set".to_owned(),
+    };
+    done(&options.app, "scaled", &says, out)
 }
 
 /// The steps of a start, each with its time; together they are the whole.

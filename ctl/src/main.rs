@@ -52,6 +52,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Stop(options) => control::stop(global, options, &mut out).await?,
         Command::Restart(options) => control::restart(global, options, &mut out).await?,
         Command::Limit(options) => control::limit(global, options, &mut out).await?,
+        Command::Scale(options) => control::scale(global, options, &mut out).await?,
         Command::Why(options) => why::run(global, &options, &mut out).await?,
     }
     out.flush()

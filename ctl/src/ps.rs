@@ -20,6 +20,7 @@ use crate::{
 pub(crate) async fn run(global: &Global, options: cli::Ps, out: &mut Output) -> Result<(), Failure> {
     let client = launcher::connect(global).await?;
     let mut statuses = launcher::statuses(&client, options.app.clone()).await?;
+    let only = options.app.is_some();
     if let Some(app) = options.app
         && statuses.is_empty()
     {
@@ -42,7 +43,29 @@ pub(crate) async fn run(global: &Global, options: cli::Ps, out: &mut Output) -> 
             },
         }
     }
-    Ok(())
+    notes(&statuses, only).iter().try_for_each(|note| out.line(note))
+}
+
+/// What holds in place of the vhost files, a line for each app; of a single app also what was last decided about it.
+fn notes(statuses: &[Status], only: bool) -> Vec<String> {
+    let mut notes = Vec::new();
+    let apps = statuses.chunk_by(|a, b| a.app == b.app).filter_map(|lines| lines.first());
+    for status in apps {
+        if !status.overrides.is_empty() {
+            let set = text::clean(&status.overrides.join(", ")).into_owned();
+            notes.push(format!("{}: set by the operator: {set}", status.app));
+        }
+        if let Some(decision) = status.decision.as_ref().filter(|_| only) {
+            let at = text::local_time(decision.at_unix_ms);
+            let words = text::clean(&decision.words);
+            notes.push(format!(
+                "{}: last decision: {at} {}: {words}",
+                status.app,
+                text::clean(&decision.kind)
+            ));
+        }
+    }
+    notes
 }
 
 /// The last digits of a generation: enough to tell an app's instances apart by eye.
@@ -183,6 +206,8 @@ mod tests {
             memory_limit: Some(64 << 20),
             pids: Some(3),
             image: "sha256:0123456789ab".into(),
+            overrides: Vec::new(),
+            decision: None,
         }
     }
 
@@ -232,6 +257,15 @@ mod tests {
         assert!(lines[1].contains("1763972712345"), "{}", lines[1]);
         assert!(lines[1].contains("1.5ms/12.5ms"), "{}", lines[1]);
         assert!(lines[2].ends_with("hello.localhost  exit status 1\\x1b[2J"), "{}", lines[2]);
+    }
+
+    #[test]
+    fn what_the_operator_has_set_is_told_once_for_each_app() {
+        let set = Status { overrides: vec!["scale.min = 2 (vhost file: 0)".into()], ..ready() };
+
+        let notes = notes(&[absent(), set.clone(), set], false);
+
+        assert_eq!(notes, ["hello: set by the operator: scale.min = 2 (vhost file: 0)"]);
     }
 
     #[test]

@@ -29,6 +29,7 @@ use crate::{
     image::ImageStore,
     instance::Adoption,
     keeper::{Found, Keeper, KeeperEvent},
+    overrides::Overrides,
     sandbox::ContainerId,
     supervisor::Message,
 };
@@ -92,6 +93,8 @@ pub async fn run(config: Config) -> Result<()> {
             config.keep_free.unwrap_or_else(HostGauge::usual_reserve),
             Box::new(HostGauge::default()),
         ),
+        overrides: Overrides::open(&config.state.launcher().join("overrides.json"))
+            .context("the operator's overrides")?,
     }));
     tokio::spawn(route_events(Arc::clone(&host), spawner.events));
     adopt(&host, adoptions);
@@ -100,7 +103,7 @@ pub async fn run(config: Config) -> Result<()> {
     let listener = api::bind(&path, config.gid).context("the launcher's socket")?;
     let api = tokio::spawn(api::serve(Arc::clone(&host), listener, config.identities));
     host.events.emit("launcher-started", None, None, format!("the launcher serves on {}", path.display()));
-    for (app, _) in host.store.list().into_iter().filter(|(app, _)| app.scale.min > 0) {
+    for (app, _) in host.store.list().into_iter().filter(|(app, _)| host.keeps_instances(app)) {
         drop(host.supervisor(&app.name));
     }
 

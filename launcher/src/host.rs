@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use cmdb::{AppName, Generation, InstanceId, Store};
+use cmdb::{App, AppName, Generation, InstanceId, Store};
 use launcher_client::wire::{Refusal, RefusalCode};
 use tokio::sync::mpsc;
 
@@ -24,6 +24,7 @@ use crate::{
     keeper::{Keeper, KeeperEvent},
     monitor::HostMeter,
     network::NetNs,
+    overrides::Overrides,
     sandbox::ContainerId,
     supervisor::{Message, Supervisor},
 };
@@ -69,6 +70,8 @@ pub struct Host {
     pub meter: HostMeter,
     /// Admits starts.
     pub governor: Arc<Governor>,
+    /// What the operator has set in place of vhost files.
+    pub overrides: Overrides,
     supervisors: Mutex<HashMap<AppName, mpsc::UnboundedSender<Message>>>,
     ids: Mutex<IdRanges>,
     ending: std::sync::atomic::AtomicBool,
@@ -108,6 +111,8 @@ pub struct Parts {
     pub datapool: Option<OwnedFd>,
     /// See [`Host::governor`].
     pub governor: Arc<Governor>,
+    /// See [`Host::overrides`].
+    pub overrides: Overrides,
 }
 
 impl Host {
@@ -130,6 +135,7 @@ impl Host {
             watchers: Watchers::default(),
             meter: HostMeter::default(),
             governor: parts.governor,
+            overrides: parts.overrides,
             supervisors: Mutex::default(),
             ids: Mutex::default(),
             ending: std::sync::atomic::AtomicBool::new(false),
@@ -154,6 +160,11 @@ impl Host {
         let sender = Supervisor::begin(Arc::clone(self), spec);
         supervisors.insert(app.clone(), sender.clone());
         Ok(sender)
+    }
+
+    /// Whether instances of `app` are to run though nobody asks for it.
+    pub fn keeps_instances(&self, app: &App) -> bool {
+        self.overrides.of(&app.name).of_file(app).scale.min > 0
     }
 
     /// The supervisor of `app` if it has begun.

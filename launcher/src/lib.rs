@@ -16,6 +16,7 @@ pub mod keeper;
 pub mod monitor;
 pub mod network;
 pub mod output;
+pub mod overrides;
 pub mod ready;
 pub mod sandbox;
 pub mod scaler;

@@ -5,6 +5,7 @@
 
 mod adopt;
 mod duties;
+mod orders;
 mod rest;
 mod room;
 mod running;
@@ -14,7 +15,9 @@ mod status;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use cmdb::{App, Generation, Outcome, Transition};
-use launcher_client::wire::{Activity, LogLine, Refusal, RefusalCode, Status, WakeTiming};
+use launcher_client::wire::{
+    Activity, Decision, LogLine, Refusal, RefusalCode, ScaleOrder, Status, WakeTiming,
+};
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
@@ -58,6 +61,8 @@ pub enum Message {
     WatcherGone(u64),
     /// Other limits, by the operator.
     Limit(Limits, oneshot::Sender<Result<(), Refusal>>),
+    /// Another number of instances, or a pause, by the operator.
+    Scale(ScaleOrder, oneshot::Sender<Result<(), Refusal>>),
     /// The app's configuration has changed.
     Spec(Arc<App>),
     /// The app is not configured any more.
@@ -85,6 +90,8 @@ pub struct Limits {
     pub memory: Option<u64>,
     /// Processes and threads.
     pub pids: Option<u32>,
+    /// Before that: back to the limits of the file.
+    pub reset: bool,
 }
 
 /// An instance that is ready.
@@ -99,7 +106,12 @@ pub struct Awake {
 /// See the module.
 pub struct Supervisor {
     host: Arc<Host>,
+    /// What the vhost file says.
+    file: Arc<App>,
+    /// The same with the operator's overrides.
     app: Arc<App>,
+    /// Whether the operator wants nothing to be scaled by itself.
+    paused: bool,
     inbox: mpsc::UnboundedReceiver<Message>,
     own: mpsc::UnboundedSender<Message>,
     running: BTreeMap<Generation, Running>,
@@ -110,17 +122,22 @@ pub struct Supervisor {
     /// No replacement or `scale.min` start before this time, after one failed.
     retry_at: Option<Instant>,
     scaling: Scaling,
+    /// What was last decided about the scaling.
+    decision: Option<Decision>,
     removed: bool,
     ending: bool,
 }
 
 impl Supervisor {
     /// Begins the supervisor of `app`.
-    pub fn begin(host: Arc<Host>, app: Arc<App>) -> mpsc::UnboundedSender<Message> {
+    pub fn begin(host: Arc<Host>, file: Arc<App>) -> mpsc::UnboundedSender<Message> {
         let (own, inbox) = mpsc::unbounded_channel();
+        let overrides = host.overrides.of(&file.name);
         let supervisor = Self {
             host,
-            app,
+            app: Arc::new(overrides.of_file(&file)),
+            file,
+            paused: overrides.paused,
             inbox,
             own: own.clone(),
             running: BTreeMap::new(),
@@ -130,6 +147,7 @@ impl Supervisor {
             timings: Vec::new(),
             retry_at: None,
             scaling: Scaling::new(),
+            decision: None,
             removed: false,
             ending: false,
         };
@@ -182,6 +200,7 @@ impl Supervisor {
                 self.running.values_mut().for_each(|r| r.watcher_gone(watcher));
             }
             Message::Limit(limits, reply) => drop(reply.send(self.limit(limits))),
+            Message::Scale(order, reply) => drop(reply.send(self.scale(order))),
             Message::Spec(app) => self.spec(app).await,
             Message::Removed => {
                 self.removed = true;

@@ -24,6 +24,7 @@ mod images;
 mod isolation;
 mod lifecycle;
 mod oci;
+mod orders;
 mod scaling;
 mod sleep;
 mod storm;

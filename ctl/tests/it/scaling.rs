@@ -19,14 +19,14 @@ use crate::{
 };
 
 /// Clients that ask for one path over and over, each on a connection of its own.
-struct Load {
+pub(crate) struct Load {
     goes_on: Arc<AtomicBool>,
     failed: Arc<AtomicU32>,
     clients: Vec<JoinHandle<()>>,
 }
 
 impl Load {
-    fn begin(host: &Host, vhost: &Vhost, path: &str, clients: usize) -> Self {
+    pub(crate) fn begin(host: &Host, vhost: &Vhost, path: &str, clients: usize) -> Self {
         let goes_on = Arc::new(AtomicBool::new(true));
         let failed = Arc::new(AtomicU32::new(0));
         let client = |_| {
@@ -53,7 +53,7 @@ impl Load {
 
     /// Ends it; every request must have been answered with 200.
     #[track_caller]
-    fn end(mut self) {
+    pub(crate) fn end(mut self) {
         self.goes_on.store(false, Relaxed);
         self.clients.drain(..).for_each(|client| client.join().expect("a client"));
         assert_eq!(self.failed.load(Relaxed), 0, "requests failed");
@@ -67,7 +67,7 @@ impl Drop for Load {
 }
 
 /// CPU quotas of a host's containers in thousandths of a core, as the kernel has them; `None`: unlimited.
-fn quotas(host: &Host) -> BTreeMap<String, Option<u64>> {
+pub(crate) fn quotas(host: &Host) -> BTreeMap<String, Option<u64>> {
     let parent = host.cgroup();
     let mut found = BTreeMap::new();
     let mut roots = vec![Path::new("/sys/fs/cgroup").to_owned()];
@@ -89,14 +89,14 @@ fn quotas(host: &Host) -> BTreeMap<String, Option<u64>> {
     found
 }
 
-fn words(host: &Host, app: &str, kind: &str) -> Vec<String> {
+pub(crate) fn words(host: &Host, app: &str, kind: &str) -> Vec<String> {
     let events = host.events(app);
     let mine = events.iter().filter(|event| event["kind"] == kind);
     mine.map(|event| event["message"].as_str().unwrap_or_default().to_owned()).collect()
 }
 
 /// A probe that is slow when one in ten responses takes longer than 100 ms.
-fn judged(name: &str) -> Vhost {
+pub(crate) fn judged(name: &str) -> Vhost {
     Vhost::probe(name).with("scale", "response-time = \"100ms\"").with("scale", "cool-down = \"2s\"")
 }
 

@@ -142,8 +142,8 @@ pub enum Request {
         /// Which app.
         app: AppName,
     },
-    /// Operator: other limits for an app, at once and in the running processes, until its configuration changes or the launcher
-    /// starts anew. What is `None` stays. → [`Reply::Done`].
+    /// Operator: other limits for an app, at once and in the running processes, until its vhost file changes them. What is
+    /// `None` stays. → [`Reply::Done`].
     Limit {
         /// Which app.
         app: AppName,
@@ -153,6 +153,16 @@ pub enum Request {
         memory: Option<u64>,
         /// Processes and threads.
         pids: Option<u32>,
+        /// Before that: back to the limits of the file.
+        #[serde(default)]
+        reset: bool,
+    },
+    /// Operator: how many instances of an app run, until its vhost file changes that. → [`Reply::Done`] when begun.
+    Scale {
+        /// Which app.
+        app: AppName,
+        /// What is ordered.
+        order: ScaleOrder,
     },
     /// Everybody: how the start of an instance went. → [`Reply::WakeTiming`].
     WakeTiming {
@@ -161,6 +171,22 @@ pub enum Request {
         /// Which instance.
         generation: Generation,
     },
+}
+
+/// How the operator wants an app to be scaled. What is `None` stays as it is.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
+pub struct ScaleOrder {
+    /// Before all else: back to what the vhost file says, and no pause.
+    pub auto: bool,
+    /// So many instances, no fewer and no more.
+    pub instances: Option<u32>,
+    /// Fewest instances.
+    pub min: Option<u32>,
+    /// Most instances.
+    pub max: Option<u32>,
+    /// Whether nothing is scaled by itself, neither the quota nor the number.
+    pub paused: Option<bool>,
 }
 
 /// What the launcher answers.
@@ -353,6 +379,23 @@ pub struct Status {
     pub pids: Option<u64>,
     /// Which image it runs (digest, or folder and time).
     pub image: String,
+    /// What the operator has set in place of the app's vhost file, a phrase each.
+    #[serde(default)]
+    pub overrides: Vec<String>,
+    /// What the scaler last decided for the app.
+    #[serde(default)]
+    pub decision: Option<Decision>,
+}
+
+/// Something that the scaler did, or found that it could do nothing about.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Decision {
+    /// ms since the Unix epoch.
+    pub at_unix_ms: u64,
+    /// The event's kind: `scale-up`, `scale-down`, `scale-out`, `scale-in`, `scale-none` or `verdict`.
+    pub kind: String,
+    /// Evidence, cause and cure, in words.
+    pub words: String,
 }
 
 /// One event.

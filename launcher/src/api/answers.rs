@@ -3,14 +3,17 @@
 use std::os::fd::OwnedFd;
 
 use cmdb::{AppName, Change, Generation, StoreError};
-use launcher_client::wire::{Event, MAX_FDS, Refusal, RefusalCode, Reply, Request};
+use launcher_client::wire::{Event, MAX_FDS, Refusal, RefusalCode, Reply, Request, Status};
 use tokio::sync::{
     broadcast::{self, error::RecvError},
     oneshot,
 };
 
 use super::Peer;
-use crate::supervisor::{Awake, Limits, Message};
+use crate::{
+    overrides::Override,
+    supervisor::{Awake, Limits, Message},
+};
 
 impl Peer {
     /// Answers one request; replies go out as they come about.
@@ -30,8 +33,12 @@ impl Peer {
             Request::Logs { app, lines } => self.logs(id, &app, lines).await.map(without_fds),
             Request::Stop { app } => self.stop(&app).await.map(without_fds),
             Request::Restart { app } => self.restart(&app).map(without_fds),
-            Request::Limit { app, cpu, memory, pids } => {
-                self.limit(&app, Limits { cpu, memory, pids }).await.map(without_fds)
+            Request::Limit { app, cpu, memory, pids, reset } => {
+                let order = |reply| Message::Limit(Limits { cpu, memory, pids, reset }, reply);
+                self.order(&app, order).await.map(without_fds)
+            }
+            Request::Scale { app, order } => {
+                self.order(&app, |reply| Message::Scale(order, reply)).await.map(without_fds)
             }
             Request::WakeTiming { app, generation } => self.timing(&app, generation).await.map(without_fds),
             // Dealt with by `take_note`.
@@ -108,7 +115,12 @@ impl Peer {
 
     async fn put_app(&self, app: cmdb::App) -> Result<Reply, Refusal> {
         let name = app.name.clone();
-        let wants_instances = app.scale.min > 0;
+        for key in tokio::task::block_in_place(|| self.host.overrides.settle(&app)) {
+            let message =
+                format!("the vhost file of {name} has changed {key}: what the operator had set there ends");
+            self.host.events.emit("override", Some(&name), None, message);
+        }
+        let wants_instances = self.host.keeps_instances(&app);
         self.host.store.put_app(app).await.map_err(|e| store_refusal(&e))?;
         self.host.events.emit(
             "config-applied",
@@ -141,6 +153,8 @@ impl Peer {
             let _ = drained.await;
         }
         self.host.store.remove_app(app).await.map_err(|e| store_refusal(&e))?;
+        tokio::task::block_in_place(|| self.host.overrides.update(app, |known| *known = Override::default()))
+            .map_err(|error| Refusal::new(RefusalCode::Internal, error.to_string()))?;
         self.host.events.emit("config-removed", Some(app), None, format!("{app} is not configured any more"));
         Ok(Reply::Done)
     }
@@ -162,7 +176,9 @@ impl Peer {
                 }
                 None => vec![crate::supervisor::absent(&app, Some(&record))],
             };
+            let overrides = self.host.overrides.of(&app.name).words();
             for line in lines {
+                let line = Status { overrides: overrides.clone(), ..line };
                 self.send(id, Reply::Status(line)).await?;
             }
         }
@@ -237,9 +253,13 @@ impl Peer {
         Ok(Reply::Done)
     }
 
-    async fn limit(&self, app: &AppName, limits: Limits) -> Result<Reply, Refusal> {
+    async fn order(
+        &self,
+        app: &AppName,
+        order: impl FnOnce(oneshot::Sender<Result<(), Refusal>>) -> Message,
+    ) -> Result<Reply, Refusal> {
         let (reply, done) = oneshot::channel();
-        self.ask(app, Message::Limit(limits, reply))?;
+        self.ask(app, order(reply))?;
         done.await.unwrap_or_else(|_| Err(gone(app)))?;
         Ok(Reply::Done)
     }

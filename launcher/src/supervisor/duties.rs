@@ -1,15 +1,15 @@
 //! What time brings: quotas, idleness, lifetimes, drains; and what configuration changes.
 
-use std::{sync::Arc, time::Duration};
+use std::{cmp::Reverse, sync::Arc, time::Duration};
 
-use cmdb::{
-    App, Generation, Outcome, Transition,
-    units::{Bytes, Millicores},
-};
+use cmdb::{App, Generation, Outcome, Transition};
 use launcher_client::wire::{Activity, Refusal, RefusalCode};
 use tokio::time::Instant;
 
-use super::{Limits, Message, Stage, Supervisor, running::Rest};
+use super::{
+    Message, Stage, Supervisor,
+    running::{Rest, Running},
+};
 use crate::{
     cgroup::{CpuQuota, CpuWeight, Group},
     instance::name,
@@ -31,7 +31,7 @@ impl Supervisor {
     /// When the next duty is due.
     pub(super) fn next_duty(&self) -> Instant {
         let idle = self.app.lifecycle.idle_timeout;
-        let may_end = self.serving() > self.minimum();
+        let may_end = self.may_end_when_idle();
         let mut next = Instant::now() + NOTHING_DUE;
         for running in self.running.values() {
             let mut due = |at: Instant| next = next.min(at);
@@ -85,6 +85,7 @@ impl Supervisor {
         }
         self.replace_those_that_want_it(now).await;
         self.keep_minimum().await;
+        self.keep_maximum().await;
         self.mind_scaling(now).await;
     }
 
@@ -92,15 +93,24 @@ impl Supervisor {
         let Some(idle) = self.app.lifecycle.idle_timeout else { return };
         let Some(running) = self.running.get(&generation) else { return };
         let is_idle = running.is_ready() && running.in_flight() == 0 && running.last_active + idle <= now;
-        if is_idle && self.serving() > self.minimum() {
+        if is_idle && self.may_end_when_idle() {
             self.drain(generation, &format!("idle for {idle:?}")).await;
         }
     }
 
+    /// Whether one that is ready may go without leaving too few. One that starts does not serve yet, and may never.
+    fn may_end_when_idle(&self) -> bool {
+        let ready = self.running.values().filter(|running| running.is_ready()).count();
+        let minimum = usize::try_from(self.minimum()).unwrap_or(usize::MAX);
+        minimum == 0 || ready > minimum
+    }
+
     async fn end_lifetime(&mut self, generation: Generation, now: Instant) {
+        // One of the fewest that shall serve is replaced even when it is idle: there is no gap.
+        let needed = !self.may_end_when_idle();
         let Some(running) = self.running.get_mut(&generation).filter(|r| r.is_ready()) else { return };
         let busy = running.in_flight() > 0 || running.last_active + BUSY_WITHIN > now;
-        if busy {
+        if busy || needed || running.replacement.is_some() {
             running.wants_replacement.get_or_insert_with(|| "its lifetime is over".to_owned());
         } else {
             self.drain(generation, "its lifetime is over and it is idle").await;
@@ -161,6 +171,25 @@ impl Supervisor {
                 Ok(Outcome::Own(generation)) => self.launch(generation, None, "scale.min"),
                 _ => self.retry_at = Some(now + self.backoff()),
             }
+        }
+    }
+
+    /// Drains instances until no more than `scale.max` serve: the youngest, and those that do not serve yet before others.
+    async fn keep_maximum(&mut self) {
+        loop {
+            // A replacement that starts may be one too many until the old one ends.
+            let counts = |running: &Running| {
+                !running.is_ending()
+                    && !(running.replaces.is_some() && matches!(running.stage, Stage::Starting))
+            };
+            let serving: Vec<_> = self.running.iter().filter(|(_, running)| counts(running)).collect();
+            if serving.len() <= usize::try_from(self.app.scale.max).unwrap_or(usize::MAX) {
+                return;
+            }
+            let last =
+                serving.into_iter().min_by_key(|(generation, r)| (r.is_ready(), Reverse(**generation)));
+            let Some(last) = last.map(|(generation, _)| *generation) else { return };
+            self.drain(last, &format!("no more than {} instance(s) shall run", self.app.scale.max)).await;
         }
     }
 
@@ -251,8 +280,9 @@ impl Supervisor {
     }
 
     /// New configuration: limits change at once, what runs is replaced if it is to run differently.
-    pub(super) async fn spec(&mut self, app: Arc<App>) {
-        let old = std::mem::replace(&mut self.app, app);
+    pub(super) async fn spec(&mut self, file: Arc<App>) {
+        self.file = file;
+        let old = self.take_overrides();
         // Back-off is about a configuration that failed; this is another one.
         drop(self.apply(Transition::ResetBackoff).await);
         self.retry_at = None;
@@ -278,19 +308,7 @@ impl Supervisor {
         }
     }
 
-    /// Other limits, by the operator; they hold until the configuration changes.
-    pub(super) fn limit(&mut self, limits: Limits) -> Result<(), Refusal> {
-        let mut app = App::clone(&self.app);
-        let resources = &mut app.resources;
-        resources.cpu = limits.cpu.map(Millicores).or(resources.cpu);
-        resources.memory = limits.memory.map_or(resources.memory, Bytes);
-        resources.pids = limits.pids.unwrap_or(resources.pids);
-        self.app = Arc::new(app);
-        self.begin_scaling_anew();
-        self.apply_limits()
-    }
-
-    fn apply_limits(&mut self) -> Result<(), Refusal> {
+    pub(super) fn apply_limits(&mut self) -> Result<(), Refusal> {
         let resources = &self.app.resources;
         let mut result = Ok(());
         for (generation, running) in &self.running {

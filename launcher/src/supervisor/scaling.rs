@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use cmdb::{Generation, Outcome, Transition};
-use launcher_client::wire::Activity;
+use launcher_client::wire::{Activity, Decision};
 use tokio::time::Instant;
 
 use super::{
@@ -11,6 +11,7 @@ use super::{
     running::{Rest, Running},
 };
 use crate::{
+    clock::unix_ms,
     instance::name,
     monitor,
     scaler::{self, Cause, Cure, Evidence, FEW, History, Kind, Policy, Verdict, cores},
@@ -84,9 +85,15 @@ impl Supervisor {
         }
     }
 
+    /// A pause begins or ends: what was learnt is of no use, and the quota stays as it is.
+    pub(super) fn forget_trial(&mut self) {
+        self.scaling = Scaling { raised: self.scaling.raised, ..Scaling::new() };
+    }
+
     /// When the app is to be looked at again, if it is.
     pub(super) fn scaling_due(&self) -> Option<Instant> {
-        (self.has_something_to_scale() && Policy::of(&self.app).is_of_use()).then_some(self.scaling.next)
+        (!self.paused && self.has_something_to_scale() && Policy::of(&self.app).is_of_use())
+            .then_some(self.scaling.next)
     }
 
     /// A report may show that the app has become too slow: then it is looked at now.
@@ -119,19 +126,26 @@ impl Supervisor {
             Cure::Nothing => self.say_once(decision.cause, slowest, decision.words, now),
             Cure::Raise(to) | Cure::Lower(to) => {
                 let kind = if matches!(decision.cure, Cure::Raise(_)) { "scale-up" } else { "scale-down" };
-                self.emit(kind, slowest, decision.words);
+                self.decided(kind, slowest, decision.words);
                 self.step(decision.cure, &evidence, &policy, None);
                 self.set_quotas(Some(to));
             }
             Cure::Add => self.add(&evidence, &policy, &decision.words).await,
             Cure::Remove => {
                 if let Some(youngest) = self.youngest() {
-                    self.emit("scale-in", youngest, decision.words);
+                    self.decided("scale-in", youngest, decision.words);
                     self.step(decision.cure, &evidence, &policy, None);
                     self.drain(youngest, "the load needs one instance less").await;
                 }
             }
         }
+    }
+
+    /// Among the events, and in `ps` until the next one.
+    fn decided(&mut self, kind: &str, about: Generation, words: String) {
+        let at_unix_ms = unix_ms();
+        self.decision = Some(Decision { at_unix_ms, kind: kind.to_owned(), words: words.clone() });
+        self.emit(kind, about, words);
     }
 
     fn evidence(&mut self, now: Instant) -> (Evidence, Generation) {
@@ -191,7 +205,7 @@ impl Supervisor {
         };
         match self.apply(transition).await {
             Ok(Outcome::Own(generation)) => {
-                self.emit("scale-out", generation, words.to_owned());
+                self.decided("scale-out", generation, words.to_owned());
                 self.step(Cure::Add, evidence, policy, Some(generation));
                 self.launch(generation, None, "the load needs another instance");
             }
@@ -262,7 +276,7 @@ impl Supervisor {
             Verdict::Unknown => format!("{step} cannot be judged, the load has gone: {figures}"),
         };
         let about = trial.added.or_else(|| self.running.keys().next_back().copied()).unwrap_or_default();
-        self.emit("verdict", about, words);
+        self.decided("verdict", about, words);
         match trial.added {
             _ if !in_vain => {}
             Some(added) => self.drain(added, "it did not help").await,
@@ -278,7 +292,7 @@ impl Supervisor {
             return;
         }
         self.scaling.said = Some((cause, now));
-        self.emit("scale-none", about, words);
+        self.decided("scale-none", about, words);
     }
 
     fn has_something_to_scale(&self) -> bool {

@@ -14,7 +14,8 @@ impl Supervisor {
     pub(super) fn status(&self) -> Vec<Status> {
         if self.running.is_empty() {
             let record = self.host.store.get(&self.app.name).map(|(_, record)| record);
-            return vec![absent(&self.app, record.as_deref())];
+            let decision = self.decision.clone();
+            return vec![Status { decision, ..absent(&self.app, record.as_deref()) }];
         }
         self.running.iter().map(|(generation, running)| self.line(*generation, running)).collect()
     }
@@ -44,6 +45,7 @@ impl Supervisor {
         status.memory_limit = memory.and_then(|m| m.limit);
         status.pids = group.and_then(|g| g.pids_current().ok());
         status.image.clone_from(&running.image);
+        status.decision.clone_from(&self.decision);
         status
     }
 }
@@ -70,6 +72,8 @@ pub(crate) fn absent(app: &App, record: Option<&AppRecord>) -> Status {
         memory_limit: None,
         pids: None,
         image: app.container.image.clone(),
+        overrides: Vec::new(),
+        decision: None,
     }
 }
 
