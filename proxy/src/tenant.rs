@@ -22,6 +22,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     balance,
+    bill::{Bill, Bills},
     config::Config,
     hold::{Seats, WaitingRoom},
     link::Command,
@@ -54,6 +55,8 @@ pub struct House {
     pub informed: AtomicBool,
     /// Whether the proxy is about to end: nobody may begin to wait.
     pub stopping: AtomicBool,
+    /// What each app's visitors did.
+    pub bills: Bills,
     commands: mpsc::UnboundedSender<Command>,
     tenants: Mutex<HashMap<AppName, Weak<AppRuntime>>>,
 }
@@ -90,6 +93,8 @@ pub struct AppRuntime {
     pub spec: ArcSwap<App>,
     /// Requests that wait for an instance.
     pub room: Arc<WaitingRoom<Answer>>,
+    /// What its visitors did.
+    pub bill: Arc<Bill>,
     /// How the last start that this proxy saw went.
     pub last_wake: ArcSwap<(Generation, WakeTiming)>,
     house: Arc<House>,
@@ -130,6 +135,7 @@ impl House {
             synced: AtomicBool::new(false),
             informed: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
+            bills: Bills::default(),
             commands,
             tenants: Mutex::new(HashMap::new()),
             config,
@@ -210,6 +216,7 @@ impl AppRuntime {
             name: app.name.clone(),
             spec: ArcSwap::new(Arc::clone(&app)),
             room: WaitingRoom::new(),
+            bill: house.bills.of(&app.name),
             last_wake: ArcSwap::new(Arc::default()),
             house,
             ready: ArcSwap::new(Arc::new(Box::default())),

@@ -26,4 +26,5 @@ mod lifecycle;
 mod scaling;
 mod sleep;
 mod storm;
+mod usage;
 mod wake;
