@@ -13,6 +13,7 @@ mod ps;
 mod table;
 mod text;
 mod up;
+mod usage;
 mod why;
 
 use std::{io::IsTerminal, process::ExitCode};
@@ -53,6 +54,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Restart(options) => control::restart(global, options, &mut out).await?,
         Command::Limit(options) => control::limit(global, options, &mut out).await?,
         Command::Scale(options) => control::scale(global, options, &mut out).await?,
+        Command::Usage(options) => usage::run(global, options, &mut out).await?,
         Command::Why(options) => why::run(global, &options, &mut out).await?,
     }
     out.flush()

@@ -173,6 +173,7 @@ impl Peer {
                     tell(&activity.app, Message::Report(watcher, activity.clone()));
                 }
             }
+            Request::Traffic { since_us, apps } => self.host.ledger.traffic(*since_us, apps.clone()),
             Request::Note { kind, app, message } => {
                 let kind: String = kind.chars().take(40).collect();
                 self.host.events.emit(&kind, app.as_ref(), None, message.chars().take(4000).collect());

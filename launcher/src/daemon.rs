@@ -24,12 +24,14 @@ use tokio::{
 use crate::{
     api::{self, Identities},
     cgroup::Cgroups,
+    events::Events,
     governor::{Governor, HostGauge},
     host::{Host, Parts},
     image::ImageStore,
     instance::Adoption,
     keeper::{Found, Keeper, KeeperEvent},
     overrides::Overrides,
+    ledger::Ledger,
     sandbox::ContainerId,
     supervisor::Message,
 };
@@ -79,13 +81,18 @@ pub async fn run(config: Config) -> Result<()> {
     let store =
         EmbeddedStore::open(&journal).with_context(|| format!("the CMDB's journal {}", journal.display()))?;
     let adoptions = sort_leftovers(&spawner.keeper, spawner.present, &store);
-    clear_leftovers(&cgroups, &adoptions).await;
+    let events = Arc::new(Events::default());
+    let path = config.state.launcher().join("ledger.redb");
+    let ledger = Ledger::begin(&path, cgroups.clone(), Arc::clone(&events)).context("the ledger")?;
+    clear_leftovers(&cgroups, &adoptions, &ledger).await;
     let host = Arc::new(Host::new(Parts {
         node: node_name(),
         store: Arc::new(store),
         keeper: spawner.keeper,
         cgroups,
         images: ImageStore::new(&config.state.launcher().join("images")).context("the image store")?,
+        events,
+        ledger,
         staging: config.state.launcher().join("staging"),
         datapool: open_datapool(config.datapool.as_deref())?,
         governor: Governor::new(
@@ -213,9 +220,10 @@ fn leftover(found: Found, store: &dyn Store) -> Option<Leftover> {
     Some(Leftover { id: state.id, app, adoption })
 }
 
-async fn clear_leftovers(cgroups: &Cgroups, adoptions: &[Leftover]) {
+async fn clear_leftovers(cgroups: &Cgroups, adoptions: &[Leftover], ledger: &Ledger) {
     let wanted: Vec<ContainerId> = adoptions.iter().map(|leftover| leftover.id.clone()).collect();
     let sweep = cgroups.sweep(&wanted).await;
+    ledger.settle_leftovers(&sweep.used);
     if sweep.removed > 0 {
         tracing::info!(cgroups = sweep.removed, "removed what an earlier launcher left");
     }
@@ -264,7 +272,9 @@ async fn end_everything(host: &Arc<Host>) {
         tracing::warn!("some instances did not end in time; they are killed with the spawner");
     }
     host.keeper.shutdown().await;
-    host.cgroups.sweep(&[]).await;
+    let sweep = host.cgroups.sweep(&[]).await;
+    host.ledger.settle_leftovers(&sweep.used);
+    host.ledger.close().await;
     if let Err(error) = host.cgroups.remove_parent().await {
         tracing::warn!(%error, "the parent cgroup could not be removed");
     }

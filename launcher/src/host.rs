@@ -22,6 +22,7 @@ use crate::{
     image::ImageStore,
     instance::Live,
     keeper::{Keeper, KeeperEvent},
+    ledger::Ledger,
     monitor::HostMeter,
     network::NetNs,
     overrides::Overrides,
@@ -53,7 +54,9 @@ pub struct Host {
     /// Makes sockets in their network namespaces.
     pub netns: NetNs,
     /// What happened.
-    pub events: Events,
+    pub events: Arc<Events>,
+    /// What was used.
+    pub ledger: Ledger,
     /// An empty directory on which each container stages its root, in its own mount namespace.
     pub staging: PathBuf,
     /// The DataPool; `None` where none is configured.
@@ -105,6 +108,10 @@ pub struct Parts {
     pub cgroups: Cgroups,
     /// See [`Host::images`].
     pub images: ImageStore,
+    /// See [`Host::events`].
+    pub events: Arc<Events>,
+    /// See [`Host::ledger`].
+    pub ledger: Ledger,
     /// See [`Host::staging`].
     pub staging: PathBuf,
     /// See [`Host::datapool`].
@@ -126,7 +133,8 @@ impl Host {
             cgroups: parts.cgroups,
             images: parts.images,
             netns: NetNs::new(),
-            events: Events::default(),
+            events: parts.events,
+            ledger: parts.ledger,
             staging: parts.staging,
             datapool: parts.datapool,
             routes: Mutex::default(),

@@ -13,6 +13,7 @@ use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     cgroup::{Group, Limits},
+    clock::unix_us,
     governor::{Slot, Why},
     host::{Host, lock},
     image::Lease,
@@ -143,6 +144,7 @@ struct Made {
 impl Launch {
     /// Lives the instance's whole life; ends when nothing of it is left.
     pub async fn run(mut self) {
+        let begun_us = unix_us();
         let container = self.container();
         let mut events = self.route(&container);
         let mut captures = Vec::new();
@@ -151,7 +153,7 @@ impl Launch {
             Ok(()) => self.start(&container, trace, &mut captures, &mut events).await,
             Err(end) => end,
         };
-        self.over(&container, captures, end).await;
+        self.over(&container, begun_us, captures, end).await;
     }
 
     async fn start(
@@ -177,6 +179,7 @@ impl Launch {
     pub async fn adopt(mut self, adoption: Adoption) {
         let container = self.container();
         let mut events = self.route(&container);
+        let begun_us = adoption.tag.begun_us;
         let mut captures = Vec::new();
         let end = match self.take_over(adoption, &mut captures).await {
             Ok(made) => self.live(made, &mut events, Instant::now()).await,
@@ -185,7 +188,7 @@ impl Launch {
                 end
             }
         };
-        self.over(&container, captures, end).await;
+        self.over(&container, begun_us, captures, end).await;
     }
 
     fn route(&self, container: &ContainerId) -> mpsc::UnboundedReceiver<KeeperEvent> {
@@ -194,10 +197,10 @@ impl Launch {
         events
     }
 
-    async fn over(self, container: &ContainerId, captures: Vec<Capture>, end: End) {
+    async fn over(self, container: &ContainerId, begun_us: u64, captures: Vec<Capture>, end: End) {
         lock(&self.host.live).remove(&self.id());
         lock(&self.host.routes).remove(container);
-        self.remove_group(container).await;
+        self.remove_group(container, begun_us).await;
         for capture in captures {
             capture.finish().await;
         }
@@ -369,13 +372,18 @@ impl Launch {
         });
         lock(&self.host.live).insert(self.id(), Arc::clone(&live));
         self.tell(Note::Listens { live, timing });
+        // After the note, on which requests wait.
+        self.host.ledger.watch(self.container(), made.trace.begun_unix_us(), Arc::clone(&made.group));
     }
 
-    async fn remove_group(&self, container: &ContainerId) {
+    async fn remove_group(&self, container: &ContainerId, begun_us: u64) {
         let Ok(group) = self.host.cgroups.open(container) else { return };
         // What is left in there after the first process has ended is dying already; this makes sure.
         if let Err(error) = group.kill() {
             tracing::warn!(container = %group.name(), %error, "ending what is left in the cgroup");
+        }
+        if let Some(cpu_us) = group.final_usage_us().await {
+            self.host.ledger.settle(container.clone(), begun_us, cpu_us);
         }
         if let Err(error) = group.remove().await {
             self.host.events.emit(

@@ -13,6 +13,7 @@ pub mod host;
 pub mod image;
 pub mod instance;
 pub mod keeper;
+pub mod ledger;
 pub mod monitor;
 pub mod network;
 pub mod output;

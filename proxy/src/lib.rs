@@ -20,6 +20,7 @@ use pingora::{
 
 pub mod admin;
 pub mod balance;
+pub mod bill;
 pub mod config;
 pub mod hold;
 pub mod link;

@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use crate::{
-    memory,
+    bill, memory,
     pages::Fault,
     stock::Stock,
     tenant::{AppRuntime, House},
@@ -85,7 +85,7 @@ pub struct Link {
 }
 
 /// The connection of the moment, for tasks that need one.
-type Line = watch::Receiver<Option<Client>>;
+pub(crate) type Line = watch::Receiver<Option<Client>>;
 
 impl Link {
     /// `commands` is what [`House::new`] gave.
@@ -103,7 +103,8 @@ impl Link {
         tokio::join!(
             follow(&self.house, sender),
             obey(&self.house, commands, line.clone()),
-            report(&self.house, line),
+            report(&self.house, line.clone()),
+            bill::report(&self.house, line),
             end_of_grace(&self.house, shutdown),
             memory::keep(&self.house),
         );
@@ -270,7 +271,7 @@ async fn connection(line: &mut Line) -> Option<Client> {
     }
 }
 
-async fn tell(line: &Line, request: Request) {
+pub(crate) async fn tell(line: &Line, request: Request) {
     let client = line.borrow().clone();
     // Without a connection there is nobody to tell; a new launcher learns what matters after the resync.
     if let Some(client) = client

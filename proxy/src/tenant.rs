@@ -22,6 +22,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     balance,
+    bill::{Bill, Bills},
     config::Config,
     hold::{Seats, WaitingRoom},
     link::Command,
@@ -57,6 +58,8 @@ pub struct House {
     pub informed: AtomicBool,
     /// Whether the proxy is about to end: nobody may begin to wait.
     pub stopping: AtomicBool,
+    /// What each app's visitors did.
+    pub bills: Bills,
     commands: mpsc::UnboundedSender<Command>,
     tenants: Mutex<HashMap<AppName, Weak<AppRuntime>>>,
 }
@@ -95,6 +98,8 @@ pub struct AppRuntime {
     pub room: Arc<WaitingRoom<Answer>>,
     /// What was counted of its requests.
     pub counts: AppCounts,
+    /// What its visitors did.
+    pub bill: Arc<Bill>,
     /// How the last start that this proxy saw went.
     pub last_wake: ArcSwap<(Generation, WakeTiming)>,
     house: Arc<House>,
@@ -140,6 +145,7 @@ impl House {
             synced: AtomicBool::new(false),
             informed: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
+            bills: Bills::default(),
             commands,
             tenants: Mutex::new(HashMap::new()),
             config,
@@ -222,6 +228,7 @@ impl AppRuntime {
             spec: ArcSwap::new(Arc::clone(&app)),
             room: WaitingRoom::new(),
             counts: AppCounts::default(),
+            bill: house.bills.of(&app.name),
             last_wake: ArcSwap::new(Arc::default()),
             house,
             ready: ArcSwap::new(Arc::new(Box::default())),

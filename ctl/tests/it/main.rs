@@ -28,4 +28,5 @@ mod orders;
 mod scaling;
 mod sleep;
 mod storm;
+mod usage;
 mod wake;

@@ -8,6 +8,7 @@ mod client;
 mod governor;
 pub mod packet;
 pub mod paths;
+pub mod usage;
 pub mod wire;
 
 pub use client::{Client, ClientError, Woken};

@@ -5,6 +5,8 @@ use std::{fmt, sync::Arc};
 use cmdb::{App, AppName, AppRecord, Generation, Outcome, Transition};
 use serde::{Deserialize, Serialize};
 
+use crate::usage::{Span, Traffic, Usage};
+
 /// Version of this protocol; a peer with another one is refused with a clear error.
 pub const VERSION: u32 = 1;
 /// Largest packet in bytes.
@@ -65,6 +67,13 @@ pub enum Request {
     Report {
         /// One for each instance with activity or requests under way.
         activity: Vec<Activity>,
+    },
+    /// Proxy: what apps' visitors did, for the ledger. No reply.
+    Traffic {
+        /// When this proxy began, µs since the Unix epoch: tells its totals from another proxy's.
+        since_us: u64,
+        /// Apps whose totals have changed.
+        apps: Vec<Traffic>,
     },
     /// Proxy: no request of this proxy is or will be on that draining instance. No reply.
     Quiesced {
@@ -164,6 +173,15 @@ pub enum Request {
         /// What is ordered.
         order: ScaleOrder,
     },
+    /// Operator: what was used. → stream of [`Reply::Usage`], then [`Reply::End`].
+    Usage {
+        /// Since when, seconds since the Unix epoch; the hour (or day, when hours are not kept any more) around it is whole.
+        since_unix_s: u64,
+        /// How it is summed up.
+        by: Span,
+        /// Only this app.
+        app: Option<AppName>,
+    },
     /// Everybody: how the start of an instance went. → [`Reply::WakeTiming`].
     WakeTiming {
         /// Which app.
@@ -238,6 +256,8 @@ pub enum Reply {
     Log(LogLine),
     /// How a start went.
     WakeTiming(WakeTiming),
+    /// One line of the ledger.
+    Usage(Usage),
     /// The stream is complete.
     End,
     /// It could not be done.

@@ -3,7 +3,10 @@
 use std::os::fd::OwnedFd;
 
 use cmdb::{AppName, Change, Generation, StoreError};
-use launcher_client::wire::{Event, MAX_FDS, Refusal, RefusalCode, Reply, Request, Status};
+use launcher_client::{
+    usage::Span,
+    wire::{Event, MAX_FDS, Refusal, RefusalCode, Reply, Request, Status},
+};
 use tokio::sync::{
     broadcast::{self, error::RecvError},
     oneshot,
@@ -41,8 +44,12 @@ impl Peer {
                 self.order(&app, |reply| Message::Scale(order, reply)).await.map(without_fds)
             }
             Request::WakeTiming { app, generation } => self.timing(&app, generation).await.map(without_fds),
+            Request::Usage { since_unix_s, by, app } => {
+                self.usage(id, since_unix_s, by, app).await.map(without_fds)
+            }
             // Dealt with by `take_note`.
             Request::FirstByte { .. }
+            | Request::Traffic { .. }
             | Request::Report { .. }
             | Request::Quiesced { .. }
             | Request::Suspect { .. }
@@ -275,6 +282,20 @@ impl Peer {
         let (reply, timing) = oneshot::channel();
         let _ = supervisor.send(Message::Timing(generation, reply));
         timing.await.ok().flatten().map(Reply::WakeTiming).ok_or_else(not_known)
+    }
+
+    async fn usage(
+        &self,
+        id: u64,
+        since_unix_s: u64,
+        by: Span,
+        app: Option<AppName>,
+    ) -> Result<Reply, Refusal> {
+        let lines = self.host.ledger.read(since_unix_s, by, app).await;
+        for line in lines.map_err(|error| Refusal::new(RefusalCode::Internal, error))? {
+            self.send(id, Reply::Usage(line)).await?;
+        }
+        Ok(Reply::End)
     }
 
     fn ask(&self, app: &AppName, message: Message) -> Result<(), Refusal> {

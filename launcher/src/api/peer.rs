@@ -62,6 +62,7 @@ impl Role {
                     | Request::Sockets { .. }
                     | Request::FirstByte { .. }
                     | Request::Report { .. }
+                    | Request::Traffic { .. }
                     | Request::Quiesced { .. }
                     | Request::Suspect { .. }
                     | Request::WakeTiming { .. }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -26,7 +26,15 @@ pub struct Group {
     /// The quota as last written here, to find the right order for the next; v1 needs two writes.
     cpu: Mutex<Option<CpuQuota>>,
     cpu_stat: OnceLock<File>,
+    sleep: Mutex<Sleep>,
     quarantine: Arc<Mutex<Vec<PathBuf>>>,
+}
+
+/// For how long it was frozen through this value.
+#[derive(Debug, Default)]
+struct Sleep {
+    since: Option<Instant>,
+    before: Duration,
 }
 
 #[derive(Debug)]
@@ -153,6 +161,7 @@ impl Group {
             roles,
             cpu: Mutex::new(None),
             cpu_stat: OnceLock::new(),
+            sleep: Mutex::default(),
             quarantine,
         })
     }
@@ -297,7 +306,11 @@ impl Group {
         some.rsplit("total=").next()?.trim().parse().ok()
     }
 
-    fn usage_us(&self) -> Result<u64, CgroupError> {
+    /// Microseconds of CPU time used, of groups beneath too, also of those that are gone.
+    ///
+    /// # Errors
+    /// The system's; `ENODEV` when the group is gone.
+    pub fn usage_us(&self) -> Result<u64, CgroupError> {
         if let Some(directory) = self.roles.cpuacct.map(|index| &self.directories[index]) {
             let text = directory.run("read cpuacct.usage", |fd| files::read(fd, "cpuacct.usage"))?;
             return Ok(text.trim().parse::<u64>().unwrap_or(0) / 1000);
@@ -306,6 +319,32 @@ impl Group {
             .directory(self.roles.unified, "unified")?
             .run("read cpu.stat", |fd| files::read(fd, "cpu.stat"))?;
         Ok(files::keyed(&text, "usage_usec").unwrap_or(0))
+    }
+
+    /// [`Self::usage_us`] when no process is left, so that it is the last word; waited for 200 ms at most. `None` when
+    /// the group cannot be read.
+    pub async fn final_usage_us(&self) -> Option<u64> {
+        for _ in 0..40 {
+            match self.populated() {
+                Ok(true) => tokio::time::sleep(Duration::from_millis(5)).await,
+                _ => break,
+            }
+        }
+        self.usage_us().ok()
+    }
+
+    /// Bytes of memory in use.
+    ///
+    /// # Errors
+    /// The system's; `ENODEV` when the group is gone.
+    pub fn memory_current(&self) -> Result<u64, CgroupError> {
+        let directory = self.directory(self.roles.memory, "memory")?;
+        let file = match directory.version {
+            Version::V1 => "memory.usage_in_bytes",
+            Version::V2 => "memory.current",
+        };
+        let text = directory.run("read memory", |fd| files::read(fd, file))?;
+        Ok(text.trim().parse().unwrap_or(0))
     }
 
     /// Memory in use, its limit and its peak, and how often the limit killed.
@@ -379,7 +418,24 @@ impl Group {
             (Version::V1, true) => ("freezer.state", "FROZEN"),
             (Version::V1, false) => ("freezer.state", "THAWED"),
         };
-        directory.run("freeze or thaw", |fd| files::write(fd, file, value))
+        directory.run("freeze or thaw", |fd| files::write(fd, file, value))?;
+        let mut sleep = self.sleep.lock().unwrap_or_else(PoisonError::into_inner);
+        match (frozen, sleep.since) {
+            (true, None) => sleep.since = Some(Instant::now()),
+            (false, Some(since)) => {
+                sleep.before += since.elapsed();
+                sleep.since = None;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// For how long it was frozen through this value, and whether it is now; costs no system call.
+    pub fn slept(&self) -> (Duration, bool) {
+        let sleep = self.sleep.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = sleep.since.map_or(Duration::ZERO, |since| since.elapsed());
+        (sleep.before + now, sleep.since.is_some())
     }
 
     /// Whether every process has stopped.

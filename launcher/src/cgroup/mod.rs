@@ -44,6 +44,8 @@ pub struct Sweep {
     pub removed: usize,
     /// Directories that would not go.
     pub stuck: Vec<PathBuf>,
+    /// Names of the groups that were there, and the CPU time that each has used at its end, µs.
+    pub used: Vec<(String, u64)>,
 }
 
 /// Why control groups cannot be used.
@@ -145,6 +147,12 @@ impl Cgroups {
         Group::open(&self.layout, &self.parent, &group_name(id)?, self.quarantine.clone())
     }
 
+    /// CPU time of all that is and was in our parent group, µs; `None` when it cannot be read.
+    pub fn usage_us(&self) -> Option<u64> {
+        let parent = Group::open(&self.layout, "", &self.parent, self.quarantine.clone()).ok()?;
+        parent.usage_us().ok()
+    }
+
     /// Names of the groups beneath our parent, without repetition.
     pub fn leftovers(&self) -> Vec<String> {
         let mut names: Vec<String> =
@@ -170,6 +178,9 @@ impl Cgroups {
             {
                 if let Err(error) = group.kill() {
                     tracing::warn!(group = name, %error, "cannot kill what is left in a cgroup");
+                }
+                if let Some(us) = group.final_usage_us().await {
+                    done.used.push((name.clone(), us));
                 }
                 done.removed += group.directories().len();
                 if let Err(CgroupError::Stuck(stuck)) = group.remove().await {

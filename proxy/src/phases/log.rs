@@ -18,6 +18,9 @@ use crate::{
 pub fn log(house: &House, session: &Session, error: Option<&Error>, ctx: &mut Ctx) {
     ctx.lease = None;
     ctx.watch.stop();
+    if let Some(app) = &ctx.app {
+        app.bill.add(session.body_bytes_read(), session.body_bytes_sent(), ctx.watch.spent(Part::Hold));
+    }
     let request = session.req_header();
     let error = match (&ctx.fault, error) {
         // The client has seen the app's status already, so this was no missing answer but a broken one.
