@@ -8,6 +8,7 @@ pub mod cache;
 pub mod embedded;
 pub mod fingerprint;
 pub mod instance;
+pub mod network;
 pub mod store;
 pub mod transition;
 pub mod units;
