@@ -29,6 +29,7 @@ use crate::{
     image::ImageStore,
     instance::Adoption,
     keeper::{Found, Keeper, KeeperEvent},
+    outbound,
     sandbox::ContainerId,
     supervisor::Message,
 };
@@ -55,6 +56,10 @@ pub struct Config {
     pub governor: GovernorMode,
     /// Memory that starts leave to others, bytes; `None`: a small part of what there is.
     pub keep_free: Option<u64>,
+    /// Private addresses for containers that may connect out; `None`: a free net is looked for.
+    pub network_pool: Option<ipnet::Ipv4Net>,
+    /// Name servers of containers that reach the internet; empty: this host's.
+    pub network_dns: Vec<std::net::IpAddr>,
     /// This program, to be started as the spawner.
     pub exe: PathBuf,
 }
@@ -92,7 +97,16 @@ pub async fn run(config: Config) -> Result<()> {
             config.keep_free.unwrap_or_else(HostGauge::usual_reserve),
             Box::new(HostGauge::default()),
         ),
+        outbound: outbound::Config {
+            table: config.cgroup_parent.clone(),
+            folder: config.state.launcher().join("network"),
+            pool: config.network_pool,
+            resolvers: config.network_dns.clone(),
+        },
     }));
+    let links: Vec<_> = adoptions.iter().filter_map(|leftover| leftover.adoption.tag.link.clone()).collect();
+    host.outbound.resume(&links).await;
+    tokio::spawn(outbound::keep(Arc::clone(&host)));
     tokio::spawn(route_events(Arc::clone(&host), spawner.events));
     adopt(&host, adoptions);
 
@@ -261,6 +275,7 @@ async fn end_everything(host: &Arc<Host>) {
         tracing::warn!("some instances did not end in time; they are killed with the spawner");
     }
     host.keeper.shutdown().await;
+    host.outbound.end().await;
     host.cgroups.sweep(&[]).await;
     if let Err(error) = host.cgroups.remove_parent().await {
         tracing::warn!(%error, "the parent cgroup could not be removed");

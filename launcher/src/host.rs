@@ -23,6 +23,7 @@ use crate::{
     keeper::{Keeper, KeeperEvent},
     monitor::HostMeter,
     network::NetNs,
+    outbound::{self, Outbound},
     sandbox::ContainerId,
     supervisor::{Message, Supervisor},
 };
@@ -51,7 +52,9 @@ pub struct Host {
     /// Makes sockets in their network namespaces.
     pub netns: NetNs,
     /// What happened.
-    pub events: Events,
+    pub events: Arc<Events>,
+    /// The network of those that may connect out.
+    pub outbound: Outbound,
     /// An empty directory on which each container stages its root, in its own mount namespace.
     pub staging: PathBuf,
     /// The DataPool; `None` where none is configured.
@@ -105,12 +108,15 @@ pub struct Parts {
     pub datapool: Option<OwnedFd>,
     /// See [`Host::governor`].
     pub governor: Arc<Governor>,
+    /// How [`Host::outbound`] is to be done.
+    pub outbound: outbound::Config,
 }
 
 impl Host {
     /// Puts the parts together.
     #[must_use]
     pub fn new(parts: Parts) -> Self {
+        let events = Arc::new(Events::default());
         Self {
             node: parts.node,
             store: parts.store,
@@ -118,7 +124,8 @@ impl Host {
             cgroups: parts.cgroups,
             images: parts.images,
             netns: NetNs::new(),
-            events: Events::default(),
+            outbound: Outbound::new(parts.outbound, Arc::clone(&events)),
+            events,
             staging: parts.staging,
             datapool: parts.datapool,
             routes: Mutex::default(),

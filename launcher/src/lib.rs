@@ -14,6 +14,7 @@ pub mod instance;
 pub mod keeper;
 pub mod monitor;
 pub mod network;
+pub mod outbound;
 pub mod output;
 pub mod ready;
 pub mod sandbox;

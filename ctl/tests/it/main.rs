@@ -23,6 +23,7 @@ mod hogs;
 mod images;
 mod isolation;
 mod lifecycle;
+mod network;
 mod scaling;
 mod sleep;
 mod storm;

@@ -5,7 +5,8 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use super::{End, Launch, Tag, fingerprint};
-use crate::sandbox::{Plan, VolumePlan};
+use crate::outbound::Link;
+use crate::sandbox::{NetworkPlan, Plan, VolumePlan};
 
 /// Descriptors that an app may open; Debian's default for services.
 const NOFILE: u64 = 8192;
@@ -14,7 +15,7 @@ const SHM_BYTES: u64 = 64 << 20;
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 impl Launch {
-    pub(super) fn plan(&self, begun_us: u64, image: &str) -> Result<Plan, End> {
+    pub(super) fn plan(&self, begun_us: u64, image: &str, link: Option<&Link>) -> Result<Plan, End> {
         let container = &self.app.container;
         let Some(id_base) = self.host.id_base(&self.app.name) else {
             return Err(self.failed("could not be started: no range of user ids is left on this host"));
@@ -33,7 +34,13 @@ impl Launch {
         default("FC_GENERATION", self.generation.to_string());
         default("FC_WAKE_STARTED_NS", (begun_us * 1000).to_string());
         let volumes = self.app.volumes.iter();
-        let tag = Tag { id_base, image: image.to_owned(), begun_us, runs: fingerprint(&self.app) };
+        let tag = Tag {
+            id_base,
+            image: image.to_owned(),
+            begun_us,
+            runs: fingerprint(&self.app),
+            link: link.map(|link| link.plan().clone()),
+        };
         Ok(Plan {
             id: self.container(),
             note: serde_json::to_string(&tag).map_err(|e| self.cannot(&e))?,
@@ -50,6 +57,7 @@ impl Launch {
             volumes: volumes
                 .map(|v| VolumePlan { target: v.target.clone(), read_only: v.read_only })
                 .collect(),
+            network: link.map(|link| NetworkPlan { resolv_conf: link.resolv_conf.clone() }),
             staging: self.host.staging.to_string_lossy().into_owned(),
         })
     }

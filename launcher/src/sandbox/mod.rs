@@ -22,7 +22,7 @@ mod sys;
 mod user;
 mod userns;
 
-pub use plan::{ContainerId, Plan, PlanFds, StepError, StepTiming, VolumePlan};
+pub use plan::{ContainerId, NetworkPlan, Plan, PlanFds, StepError, StepTiming, VolumePlan};
 pub use report::Report;
 pub use start::{Started, start};
 pub use userns::{IDS, UserNs};
