@@ -4,7 +4,10 @@ use std::{collections::BTreeMap, fmt, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::{Bytes, Millicores};
+use crate::{
+    network::Network,
+    units::{Bytes, Millicores},
+};
 
 /// Everything that one vhost file says. Right by construction: made by the vhost parser or decoded from a store
 /// that the parser filled.
@@ -19,6 +22,9 @@ pub struct App {
     /// Content from the DataPool, in mount order.
     #[serde(default)]
     pub volumes: Vec<Volume>,
+    /// Where it may connect to.
+    #[serde(default)]
+    pub network: Network,
     /// Limits.
     pub resources: Resources,
     /// When it starts and ends.
@@ -55,6 +61,9 @@ pub struct Volume {
     pub target: String,
     /// Whether the app may only read.
     pub read_only: bool,
+    /// Most that the folder may hold; `None`: as much as the file system.
+    #[serde(default)]
+    pub quota: Option<Bytes>,
 }
 
 /// `[resources]`.

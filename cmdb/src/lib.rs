@@ -9,6 +9,7 @@ pub mod embedded;
 pub mod fingerprint;
 pub mod instance;
 mod mirror;
+pub mod network;
 pub mod redis;
 pub mod store;
 pub mod transition;

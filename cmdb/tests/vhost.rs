@@ -44,6 +44,9 @@ env     = { WORDPRESS_DB_HOST = "10.0.0.5" }
 source = "blog/wp-content"        # beneath the DataPool
 target = "/var/www/html/wp-content"
 
+[network]
+outbound = ["10.0.0.5:3306", "db.internal:5432", "internet"]
+
 [resources]
 cpu     = "30%"                   # of one core
 cpu-max = "60%"
@@ -79,6 +82,8 @@ page    = false
     assert_eq!(app.lifecycle.lifetime, Some(Duration::from_secs(3600)));
     assert_eq!(app.scale.concurrency, Some(64));
     assert_eq!(app.volumes.len(), 1);
+    assert!(app.network.internet);
+    assert_eq!(app.network.names(), ["db.internal"]);
 }
 
 #[test]
@@ -87,6 +92,20 @@ fn little_is_needed() {
     assert_eq!(app.resources.cpu, None);
     assert_eq!(app.lifecycle.idle_timeout, Some(Duration::from_secs(600)));
     assert_eq!(app.scale.max, 1);
+}
+
+#[test]
+fn nothing_may_be_reached_unless_it_is_named() {
+    let network =
+        |outbound: &str| parse(&format!("{LEAST}[network]\noutbound = {outbound}\n")).map(|app| app.network);
+    assert!(parse(LEAST).unwrap().network.is_closed());
+    assert!(network("\"none\"").unwrap().is_closed());
+    assert!(network("\"internet\"").unwrap().internet);
+    assert!(!network("\"10.0.0.5:3306\"").unwrap().is_closed());
+    for bad in ["\"interent\"", "[\"none\", \"internet\"]", "[\"169.254.169.254:80\"]", "true", "[1]"] {
+        let faults = network(bad).unwrap_err();
+        assert!(faults.iter().all(|f| f.line == 6 && !f.mend.is_empty()), "{bad}: {faults:?}");
+    }
 }
 
 #[test]

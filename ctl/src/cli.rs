@@ -1,6 +1,9 @@
 //! The command line.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
 
 use clap::{Args, Parser, Subcommand};
 use cmdb::{
@@ -128,6 +131,12 @@ pub(crate) struct Up {
     /// Memory that starts leave to others, such as 1GiB; by default 1/32 of the host's, 64MiB to 512MiB
     #[arg(long, value_name = "SIZE")]
     pub(crate) keep_free: Option<Bytes>,
+    /// Private addresses for apps that may connect out, for example 10.99.0.0/16; a free net is looked for
+    #[arg(long, value_name = "NET")]
+    pub(crate) network_pool: Option<String>,
+    /// Name server of apps that reach the internet; may be given several times. This host's own otherwise
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) network_dns: Vec<IpAddr>,
 }
 
 const CHECK: &str = "\

@@ -30,8 +30,9 @@ use crate::{
     image::ImageStore,
     instance::Adoption,
     keeper::{Found, Keeper, KeeperEvent},
-    overrides::Overrides,
     ledger::Ledger,
+    outbound,
+    overrides::Overrides,
     sandbox::ContainerId,
     supervisor::Message,
 };
@@ -58,6 +59,10 @@ pub struct Config {
     pub governor: GovernorMode,
     /// Memory that starts leave to others, bytes; `None`: a small part of what there is.
     pub keep_free: Option<u64>,
+    /// Private addresses for containers that may connect out; `None`: a free net is looked for.
+    pub network_pool: Option<ipnet::Ipv4Net>,
+    /// Name servers of containers that reach the internet; empty: this host's.
+    pub network_dns: Vec<std::net::IpAddr>,
     /// This program, to be started as the spawner.
     pub exe: PathBuf,
 }
@@ -102,7 +107,16 @@ pub async fn run(config: Config) -> Result<()> {
         ),
         overrides: Overrides::open(&config.state.launcher().join("overrides.json"))
             .context("the operator's overrides")?,
+        outbound: outbound::Config {
+            table: config.cgroup_parent.clone(),
+            folder: config.state.launcher().join("network"),
+            pool: config.network_pool,
+            resolvers: config.network_dns.clone(),
+        },
     }));
+    let links: Vec<_> = adoptions.iter().filter_map(|leftover| leftover.adoption.tag.link.clone()).collect();
+    host.outbound.resume(&links).await;
+    tokio::spawn(outbound::keep(Arc::clone(&host)));
     tokio::spawn(route_events(Arc::clone(&host), spawner.events));
     adopt(&host, adoptions);
 
@@ -275,6 +289,7 @@ async fn end_everything(host: &Arc<Host>) {
     let sweep = host.cgroups.sweep(&[]).await;
     host.ledger.settle_leftovers(&sweep.used);
     host.ledger.close().await;
+    host.outbound.end().await;
     if let Err(error) = host.cgroups.remove_parent().await {
         tracing::warn!(%error, "the parent cgroup could not be removed");
     }

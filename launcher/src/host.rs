@@ -25,6 +25,7 @@ use crate::{
     ledger::Ledger,
     monitor::HostMeter,
     network::NetNs,
+    outbound::{self, Outbound},
     overrides::Overrides,
     sandbox::ContainerId,
     supervisor::{Message, Supervisor},
@@ -57,6 +58,8 @@ pub struct Host {
     pub events: Arc<Events>,
     /// What was used.
     pub ledger: Ledger,
+    /// The network of those that may connect out.
+    pub outbound: Outbound,
     /// An empty directory on which each container stages its root, in its own mount namespace.
     pub staging: PathBuf,
     /// The DataPool; `None` where none is configured.
@@ -120,6 +123,8 @@ pub struct Parts {
     pub governor: Arc<Governor>,
     /// See [`Host::overrides`].
     pub overrides: Overrides,
+    /// How [`Host::outbound`] is to be done.
+    pub outbound: outbound::Config,
 }
 
 impl Host {
@@ -133,8 +138,9 @@ impl Host {
             cgroups: parts.cgroups,
             images: parts.images,
             netns: NetNs::new(),
-            events: parts.events,
             ledger: parts.ledger,
+            outbound: Outbound::new(parts.outbound, Arc::clone(&parts.events)),
+            events: parts.events,
             staging: parts.staging,
             datapool: parts.datapool,
             routes: Mutex::default(),

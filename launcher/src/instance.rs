@@ -4,11 +4,11 @@ mod admission;
 mod adoption;
 mod plan;
 
-use std::{sync::Arc, time::Duration};
+use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use cmdb::{App, AppName, Generation, InstanceId};
 use launcher_client::wire::{RefusalCode, Step, WakeTiming};
-use nix::libc::SIGKILL;
+use nix::libc::{ECANCELED, SIGKILL};
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
@@ -19,6 +19,7 @@ use crate::{
     image::Lease,
     keeper::{Created, Exit, KeeperError, KeeperEvent, Listening},
     network::NetSockets,
+    outbound::Link,
     output::{Capture, Output},
     ready,
     sandbox::{ContainerId, PlanFds, StepTiming},
@@ -131,6 +132,8 @@ struct Made {
     group: Arc<Group>,
     sockets: NetSockets,
     trace: Trace,
+    /// Its addresses are nobody else's as long as this is held.
+    _link: Option<Link>,
     /// As long as this is held, a newer version of the image does not displace the unpacked layers.
     _image: Lease,
     /// Where it is to listen, by its vhost file or its image.
@@ -227,6 +230,8 @@ impl Launch {
         let (cgroup_tasks, cgroup_dir) = group.join_fds().map_err(|e| self.cannot(&e))?;
         trace.lap("cgroup");
 
+        let mut link = self.host.outbound.prepare(&self.app).await.map_err(|e| self.cannot(&e))?;
+        let (gate, opener) = gate(link.is_some()).map_err(|e| self.cannot(&e))?;
         let volumes = self.open_volumes().await?;
         let (stdout, spare_out, capture) =
             self.output.capture(self.generation, "stdout").map_err(|e| self.cannot(&e))?;
@@ -234,10 +239,21 @@ impl Launch {
         let (stderr, spare_err, capture) =
             self.output.capture(self.generation, "stderr").map_err(|e| self.cannot(&e))?;
         captures.push(capture);
-        let plan = self.plan(trace.begun_unix_us(), &image)?;
+        let plan = self.plan(trace.begun_unix_us(), &image, link.as_ref())?;
         let (port, stop_signal) = (plan.port, image.config.stop_signal());
         let outputs = vec![spare_out, spare_err];
-        let fds = PlanFds { layers: image.fds, volumes, cgroup_tasks, cgroup_dir, stdout, stderr, outputs };
+        let hosts = link.as_mut().and_then(|link| link.hosts.take());
+        let fds = PlanFds {
+            layers: image.fds,
+            volumes,
+            cgroup_tasks,
+            cgroup_dir,
+            hosts,
+            gate,
+            stdout,
+            stderr,
+            outputs,
+        };
         let created = self.host.keeper.create(plan, fds).await.map_err(|e| self.not_created(&e))?;
 
         let group = Arc::new(group);
@@ -253,7 +269,25 @@ impl Launch {
         let note =
             Note::Created { generation: self.generation, pid, group: Arc::clone(&group), image: image.id };
         self.tell(note);
-        Ok(Made { created, group, sockets, trace, _image: image.lease, port, stop_signal, listens: None })
+        if let (Some(link), Some(opener)) = (&link, opener) {
+            // The container is being made meanwhile, and waits for this before the app begins.
+            let attached = link.attach(&sockets).await.map_err(std::io::Error::other);
+            if let Err(error) = attached.and_then(|()| Ok(rustix::io::write(&opener, &[1]).map(drop)?)) {
+                self.host.keeper.kill(&container, SIGKILL);
+                return Err(self.why_not(events, &error).await);
+            }
+        }
+        Ok(Made {
+            created,
+            group,
+            sockets,
+            trace,
+            _link: link,
+            _image: image.lease,
+            port,
+            stop_signal,
+            listens: None,
+        })
     }
 
     /// A process that ended before its network could be entered has a cause of its own to tell.
@@ -265,6 +299,8 @@ impl Launch {
         let cause = async {
             while let Some(event) = events.recv().await {
                 match event {
+                    // Our own kill is no cause.
+                    KeeperEvent::Failed { error, .. } if error.errno == ECANCELED => {}
                     KeeperEvent::Failed { error, .. } => return Some(self.cannot(&error)),
                     KeeperEvent::Exited { .. } => return None,
                     _ => {}
@@ -485,4 +521,13 @@ async fn joined(
 /// For messages: `app.generation` in short.
 pub(crate) fn name(app: &AppName, generation: Generation) -> String {
     format!("{app}.{generation}")
+}
+
+/// A pipe at which the container waits for its network, if it is to have one: its end and ours.
+fn gate(wanted: bool) -> std::io::Result<(Option<OwnedFd>, Option<OwnedFd>)> {
+    if !wanted {
+        return Ok((None, None));
+    }
+    let (wait, open) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    Ok((Some(wait), Some(open)))
 }

@@ -16,6 +16,7 @@ pub mod keeper;
 pub mod ledger;
 pub mod monitor;
 pub mod network;
+pub mod outbound;
 pub mod output;
 pub mod overrides;
 pub mod ready;

@@ -33,6 +33,12 @@ struct Arguments {
     /// Memory that starts leave to others, such as 1GiB; by default 1/32 of the host's, 64MiB to 512MiB.
     #[arg(long)]
     keep_free: Option<Bytes>,
+    /// Private addresses for containers that may connect out, for example 10.99.0.0/16; a free net is looked for.
+    #[arg(long, value_name = "NET")]
+    network_pool: Option<ipnet::Ipv4Net>,
+    /// Name server of containers that reach the internet; may be given several times. This host's own otherwise.
+    #[arg(long, value_name = "ADDRESS")]
+    network_dns: Vec<std::net::IpAddr>,
     /// Group that may reach the socket.
     #[arg(long, default_value_t = GROUP_ID)]
     gid: u32,
@@ -93,6 +99,8 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
         datapool: arguments.datapool,
         governor: arguments.governor,
         keep_free: arguments.keep_free.map(|bytes| bytes.0),
+        network_pool: arguments.network_pool,
+        network_dns: arguments.network_dns,
         exe: std::env::current_exe()?,
     };
     tokio::runtime::Builder::new_multi_thread()

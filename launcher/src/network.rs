@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use nix::sched::{CloneFlags, setns};
@@ -50,6 +50,8 @@ enum Want {
     /// A descriptor of the namespace itself, then so many sockets.
     Namespace,
     Sockets(Family, usize),
+    /// A netlink socket, to give the namespace addresses and routes.
+    Netlink,
 }
 
 impl NetNs {
@@ -129,6 +131,20 @@ impl NetSockets {
     pub async fn take_family(&self, family: Family, count: usize) -> io::Result<Vec<OwnedFd>> {
         self.maker.make_sockets(self.netns.clone(), family, count).await
     }
+
+    /// The namespace itself.
+    pub fn netns(&self) -> BorrowedFd<'_> {
+        self.netns.as_fd()
+    }
+
+    /// A netlink socket (NETLINK_ROUTE) in the namespace.
+    ///
+    /// # Errors
+    /// Those of `setns` and `socket`.
+    pub async fn rtnl(&self) -> io::Result<OwnedFd> {
+        let mut made = self.maker.ask(self.netns.clone(), Want::Netlink).await?;
+        made.pop().ok_or_else(|| io::Error::other("no netlink socket"))
+    }
 }
 
 /// The thread's life: until nobody can ask any more, or until it is lost in a foreign namespace.
@@ -152,6 +168,7 @@ fn make(want: Want) -> io::Result<Vec<OwnedFd>> {
     match want {
         Want::Namespace => Ok(vec![File::open("/proc/thread-self/ns/net")?.into()]),
         Want::Sockets(family, count) => (0..count).map(|_| socket(family)).collect(),
+        Want::Netlink => Ok(vec![rtnl_socket()?]),
     }
 }
 
@@ -164,4 +181,11 @@ fn socket(family: Family) -> io::Result<OwnedFd> {
     let socket = rustix::net::socket_with(domain, SocketType::STREAM, flags, Some(ipproto::TCP))?;
     sockopt::set_tcp_nodelay(&socket, true)?;
     Ok(socket)
+}
+
+/// A blocking NETLINK_ROUTE socket in the caller's network namespace.
+pub(crate) fn rtnl_socket() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC;
+    // NETLINK_ROUTE is protocol 0.
+    Ok(rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?)
 }

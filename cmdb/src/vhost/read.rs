@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     app::{App, Container, Hold, HostPattern, Lifecycle, Pick, Resources, Scale, Volume},
+    network::{Destination, Network},
     units::{Bytes, Millicores},
 };
 
@@ -40,6 +41,8 @@ impl Named {
 const LEAST_MEMORY: Bytes = Bytes(1 << 20);
 /// Least writable layer. It also keeps 0 out, which the kernel's tmpfs takes for "no limit".
 const LEAST_DISK: Bytes = Bytes(64 << 10);
+/// A smaller quota of a volume is refused.
+const LEAST_QUOTA: Bytes = Bytes(1 << 20);
 /// Faults told of one file. A file with more is of another kind, and each costs its reader time.
 const MOST_FAULTS: usize = 100;
 
@@ -105,6 +108,8 @@ fn read(
     let volumes = reader.sections(top, "volume");
     let volumes: Vec<Option<Volume>> =
         volumes.into_iter().map(|volume| read_volume(reader, volume)).collect();
+    let network = reader.section(top, "network");
+    let network = read_network(reader, network);
     let resources = reader.section(top, "resources");
     let resources = read_resources(reader, resources);
     let lifecycle = reader.section(top, "lifecycle");
@@ -120,6 +125,7 @@ fn read(
         server_names: names.iter().map(|named| named.pattern.clone()).collect(),
         container: container?,
         volumes: volumes.into_iter().collect::<Option<_>>()?,
+        network,
         resources,
         lifecycle,
         scale,
@@ -242,7 +248,38 @@ fn read_volume(reader: &mut Reader<'_>, section: Section<'_>) -> Option<Volume> 
         Some(target.value)
     });
     let read_only = reader.flag(section, "read-only").unwrap_or(false);
-    Some(Volume { source: source?, target: target?, read_only })
+    let quota = reader.unit::<Bytes>(section, "quota");
+    if let Some(quota) = quota.as_ref().filter(|quota| quota.value < LEAST_QUOTA) {
+        let mend = format!("write at least \"{LEAST_QUOTA}\"");
+        reader.fault(quota.span.clone(), "this is too little to keep anything", mend);
+    }
+    let quota = quota.map(|quota| quota.value);
+    Some(Volume { source: source?, target: target?, read_only, quota })
+}
+
+fn read_network(reader: &mut Reader<'_>, section: Section<'_>) -> Network {
+    let mut network = Network::default();
+    let Some(outbound) = reader.text_or_texts(section, "outbound") else { return network };
+    for text in &outbound.value {
+        match text.value.as_str() {
+            "internet" => network.internet = true,
+            "none" if outbound.value.len() == 1 => {}
+            "none" => reader.fault(
+                text.span.clone(),
+                "\"none\" stands beside other destinations",
+                "take \"none\" out, or the others",
+            ),
+            other => match other.parse::<Destination>() {
+                Ok(destination) => network.destinations.push(destination),
+                Err(error) => {
+                    let error = error.to_string();
+                    let (message, mend) = error.rsplit_once("; ").unwrap_or((&error, ""));
+                    reader.fault(text.span.clone(), message, mend);
+                }
+            },
+        }
+    }
+    network
 }
 
 fn read_resources(reader: &mut Reader<'_>, section: Section<'_>) -> Resources {

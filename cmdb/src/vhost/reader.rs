@@ -161,6 +161,17 @@ impl Reader<'_> {
         whole.then_some(At { value: texts, span: value.span() })
     }
 
+    /// A list of texts, or one alone.
+    pub(super) fn text_or_texts(&mut self, section: Section<'_>, name: &str) -> Option<At<Vec<At<String>>>> {
+        match lookup(section.table, name)?.1.get_ref() {
+            DeValue::String(_) => {
+                let text = self.text(section, name)?;
+                Some(At { span: text.span.clone(), value: vec![text] })
+            }
+            _ => self.texts(section, name),
+        }
+    }
+
     /// A table of texts, with where each name stands.
     pub(super) fn pairs(
         &mut self,

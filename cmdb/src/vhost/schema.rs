@@ -32,10 +32,11 @@ const fn key(
 }
 
 /// The sections in the order of the reference, with what each is about. `volume` is an array of tables.
-pub(super) const SECTIONS: [(&str, &str); 7] = [
+pub(super) const SECTIONS: [(&str, &str); 8] = [
     ("", "Which requests are the app's."),
     ("container", "What runs."),
     ("volume", "Folders of the DataPool inside the container; each `[[volume]]` is one."),
+    ("network", "Where it may connect to. Requests reach it without any of this."),
     ("resources", "What it may use."),
     ("lifecycle", "When it starts and ends."),
     ("scale", "How many run."),
@@ -100,7 +101,14 @@ pub(super) const KEYS: &[Key] = &[
         "{ WORDPRESS_DB_HOST = \"10.0.0.5\" }",
         "Environment, added to that of an `oci:` image. `PATH`, `HOME`, `HOSTNAME`, `PORT`, `FC_APP` and `FC_GENERATION` are given unless set here.",
     ),
-    key("volume", "source", "a relative path", "", "\"blog/wp-content\"", "Folder beneath the DataPool."),
+    key(
+        "volume",
+        "source",
+        "a relative path",
+        "",
+        "\"blog/wp-content\"",
+        "Folder beneath the DataPool. It must be there: a folder that is made by itself hides that the DataPool is not mounted. Files keep the ids that the app's users have inside: what its www-data (33) writes belongs to 33 in the DataPool, on every host.",
+    ),
     key(
         "volume",
         "target",
@@ -110,6 +118,22 @@ pub(super) const KEYS: &[Key] = &[
         "Where it appears inside; made if the image lacks it.",
     ),
     key("volume", "read-only", "true or false", "false", "true", "Whether the app may only read it."),
+    key(
+        "volume",
+        "quota",
+        "a size",
+        "as much as the file system holds",
+        "\"1GiB\"",
+        "Most that the folder may hold; over it, writing fails with \"Disk quota exceeded\". The DataPool's file system must keep project quotas (ext4 or XFS, mounted with prjquota); elsewhere the app does not start, and says so.",
+    ),
+    key(
+        "network",
+        "outbound",
+        "\"none\", \"internet\" or a list of destinations",
+        "\"none\"",
+        "[\"10.0.0.5:3306\", \"db.internal:5432\"]",
+        "Where the app may connect to. A destination is `\"ADDRESS:PORT\"`, `\"NETWORK/PREFIX:PORT\"`, `\"[IPv6]:PORT\"` or `\"NAME:PORT\"`, TCP unless `/udp` follows. Names are looked up by the launcher, again and again, and stand in the app's /etc/hosts. `\"internet\"`, alone or in the list, is every public address, and DNS; never private networks, other apps, this host, or a cloud's metadata address.",
+    ),
     key(
         "resources",
         "cpu",

@@ -24,6 +24,7 @@ pub(crate) fn app(name: &str, host: &str) -> App {
             env: BTreeMap::new(),
         },
         volumes: Vec::new(),
+        network: cmdb::network::Network::default(),
         resources: Resources {
             cpu: None,
             cpu_max: None,

@@ -124,6 +124,12 @@ async fn start(
     if let Some(keep_free) = options.keep_free {
         args.extend(["--keep-free".into(), keep_free.0.to_string().into()]);
     }
+    if let Some(pool) = &options.network_pool {
+        args.extend(["--network-pool".into(), pool.into()]);
+    }
+    for server in &options.network_dns {
+        args.extend(["--network-dns".into(), server.to_string().into()]);
+    }
     let grace = Duration::from_secs(40);
     kept.push(Service { name: LAUNCHER, program: launcher.clone(), args, grace }.keep());
     let socket = state.launcher_socket();

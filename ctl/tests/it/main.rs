@@ -23,6 +23,7 @@ mod hogs;
 mod images;
 mod isolation;
 mod lifecycle;
+mod network;
 mod oci;
 mod orders;
 mod scaling;

@@ -1,6 +1,6 @@
 //! The answers to what peers ask.
 
-use std::os::fd::OwnedFd;
+use std::{os::fd::OwnedFd, sync::Arc};
 
 use cmdb::{AppName, Change, Generation, StoreError};
 use launcher_client::{
@@ -135,6 +135,10 @@ impl Peer {
             None,
             format!("the configuration of {name} is in force"),
         );
+        if let Some((app, _)) = self.host.store.get(&name) {
+            let host = Arc::clone(&self.host);
+            tokio::spawn(async move { host.outbound.configured(&app).await });
+        }
         match self.host.running_supervisor(&name) {
             Some(supervisor) => {
                 if let Some((spec, _)) = self.host.store.get(&name) {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{End, Launch, Made};
 use crate::{
     keeper::{Created, monotonic_us},
+    outbound::LinkPlan,
     output::Capture,
     trace::Trace,
 };
@@ -27,6 +28,9 @@ pub struct Tag {
     /// The signal that asks it to end.
     #[serde(default = "sigterm")]
     pub stop_signal: i32,
+    /// Its network link, if it may connect out.
+    #[serde(default)]
+    pub link: Option<LinkPlan>,
 }
 
 fn sigterm() -> i32 {
@@ -48,11 +52,11 @@ pub struct Adoption {
     pub tag: Tag,
 }
 
-/// Tells apart what apps are told to run: a fingerprint of the container's and the volumes' configuration.
+/// Tells apart what apps are told to run: a fingerprint of the configuration of container, volumes and network.
 #[must_use]
 pub fn fingerprint(app: &App) -> u64 {
     // Plain data cannot fail to be written.
-    let text = serde_json::to_vec(&(&app.container, &app.volumes)).unwrap_or_default();
+    let text = serde_json::to_vec(&(&app.container, &app.volumes, &app.network)).unwrap_or_default();
     fnv1a(&text)
 }
 
@@ -76,6 +80,7 @@ impl Launch {
             group: Arc::new(group),
             sockets,
             trace: Trace::of_earlier(adoption.tag.begun_us),
+            _link: adoption.tag.link.map(|plan| self.host.outbound.adopt(plan)),
             _image: self.host.images.lease(&adoption.tag.image),
             port: Some(adoption.port),
             stop_signal: adoption.tag.stop_signal,

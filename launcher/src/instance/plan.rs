@@ -7,7 +7,8 @@ use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use super::{End, Launch, Tag, fingerprint};
 use crate::image::Layers;
-use crate::sandbox::{Plan, VolumePlan};
+use crate::outbound::Link;
+use crate::sandbox::{NetworkPlan, Plan, VolumePlan};
 
 /// Descriptors that an app may open; Debian's default for services.
 const NOFILE: u64 = 8192;
@@ -17,7 +18,7 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 
 impl Launch {
     /// The vhost file's word goes before the image's.
-    pub(super) fn plan(&self, begun_us: u64, image: &Layers) -> Result<Plan, End> {
+    pub(super) fn plan(&self, begun_us: u64, image: &Layers, link: Option<&Link>) -> Result<Plan, End> {
         let (container, own) = (&self.app.container, &image.config);
         let or = |given: &String, own: &String| if given.is_empty() { own.clone() } else { given.clone() };
         let argv = if container.command.is_empty() { own.command.clone() } else { container.command.clone() };
@@ -46,8 +47,14 @@ impl Launch {
         default("FC_WAKE_STARTED_NS", (begun_us * 1000).to_string());
         let volumes = self.app.volumes.iter();
         let stop_signal = own.stop_signal();
-        let tag =
-            Tag { id_base, image: image.id.clone(), begun_us, runs: fingerprint(&self.app), stop_signal };
+        let tag = Tag {
+            id_base,
+            image: image.id.clone(),
+            begun_us,
+            runs: fingerprint(&self.app),
+            stop_signal,
+            link: link.map(|link| link.plan().clone()),
+        };
         Ok(Plan {
             id: self.container(),
             note: serde_json::to_string(&tag).map_err(|e| self.cannot(&e))?,
@@ -64,6 +71,7 @@ impl Launch {
             volumes: volumes
                 .map(|v| VolumePlan { target: v.target.clone(), read_only: v.read_only })
                 .collect(),
+            network: link.map(|link| NetworkPlan { resolv_conf: link.resolv_conf.clone() }),
             staging: self.host.staging.to_string_lossy().into_owned(),
             fault: self.host.faults.of(&self.container()),
         })

@@ -2,6 +2,8 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
+use rustix::fs::OFlags;
+
 use super::exec::{self, Program};
 use super::mount;
 use super::plan::{Plan, StepError};
@@ -18,6 +20,10 @@ pub(super) struct Inheritance<'a> {
     pub(super) layers: Vec<OwnedFd>,
     /// Detached, in the plan's order.
     pub(super) volumes: Vec<OwnedFd>,
+    /// The detached file for `/etc/hosts`.
+    pub(super) hosts: Option<OwnedFd>,
+    /// See [`super::plan::PlanFds::gate`].
+    pub(super) gate: Option<OwnedFd>,
     pub(super) cgroup_tasks: Vec<OwnedFd>,
     pub(super) stdout: OwnedFd,
     pub(super) stderr: OwnedFd,
@@ -58,7 +64,9 @@ fn prepare(given: Inheritance<'_>, reporter: &Reporter, steps: &mut Steps<'_>) -
     steps.run("make mounts private", root::make_mounts_private)?;
     let staging = steps.run("mount staging", || Staging::mount(plan))?;
     steps.run("attach layers", || staging.attach_layers(&given.layers))?;
-    steps.run("provide files", || files::provide(staging.upper()?.as_fd(), &given.layers, plan))?;
+    steps.run("provide files", || {
+        files::provide(staging.upper()?.as_fd(), &given.layers, plan, given.hosts.is_some())
+    })?;
     let root = steps.run("mount overlay", || staging.mount_overlay(given.layers.len()))?;
     let points = steps.run("check image directories", || root.standard_directories())?;
     let account = steps.run("look up user", || user::look_up(&root, &plan.user))?;
@@ -66,6 +74,10 @@ fn prepare(given: Inheritance<'_>, reporter: &Reporter, steps: &mut Steps<'_>) -
     // Network settings go through the host's /proc, so before ours; after this nothing of the host is needed.
     steps.run("write sysctls", process::write_sysctls)?;
     steps.run("loopback up", process::loopback_up)?;
+
+    if let Some(hosts) = &given.hosts {
+        steps.run("mount hosts", || mount_hosts(&root, hosts.as_fd()))?;
+    }
 
     // The tenant's directories, then the kernel's file systems on the places that were checked before.
     steps.run("mount volumes", || mount_volumes(&root, plan, &given.volumes))?;
@@ -92,6 +104,9 @@ fn prepare(given: Inheritance<'_>, reporter: &Reporter, steps: &mut Steps<'_>) -
     steps.run("no new privileges", process::no_new_privileges)?;
     steps.run("enter workdir", || exec::enter_workdir(plan))?;
     let program = steps.run("prepare exec", || Program::new(plan, &account))?;
+    if let Some(gate) = &given.gate {
+        steps.run("wait for network", || process::wait_for(gate.as_fd()))?;
+    }
     let listener = steps.run("install seccomp", || given.filters.install())?;
 
     // Nothing comes after the filter but telling, and exec.
@@ -107,8 +122,15 @@ impl Inheritance<'_> {
         let mut all: Vec<RawFd> = lists.into_iter().flatten().map(AsRawFd::as_raw_fd).collect();
         let single = [self.stdout.as_fd(), self.stderr.as_fd(), self.userns, reporter.as_fd()];
         all.extend(single.iter().map(AsRawFd::as_raw_fd));
+        all.extend([&self.hosts, &self.gate].into_iter().flatten().map(AsRawFd::as_raw_fd));
         all
     }
+}
+
+/// The place was made by [`files::provide`], so it is no link of the image's.
+fn mount_hosts(root: &Root, hosts: BorrowedFd<'_>) -> Result<(), Failure> {
+    let place = root.resolve("/etc/hosts", OFlags::PATH | OFlags::NOFOLLOW).about("/etc/hosts")?;
+    mount::attach(hosts, place.as_fd()).about("/etc/hosts")
 }
 
 fn mount_volumes(root: &Root, plan: &Plan, volumes: &[OwnedFd]) -> Result<(), Failure> {

@@ -11,10 +11,16 @@ use super::step::{About, Failure};
 
 /// Writes `hosts`, `hostname` and `resolv.conf` into the upper layer where the image has nothing or an empty file of
 /// that name (as images made from a running container do). What the image has otherwise stays, and covers nothing:
-/// a link is never followed.
+/// a link is never followed. A container that may connect out has a `resolv.conf` of ours, and perhaps `hosts`, whatever the
+/// image has: those of the image are of where it was made.
 ///
 /// This happens before the overlay is mounted: through it the same would take four times as long.
-pub(super) fn provide(upper: BorrowedFd<'_>, layers: &[OwnedFd], plan: &Plan) -> Result<(), Failure> {
+pub(super) fn provide(
+    upper: BorrowedFd<'_>,
+    layers: &[OwnedFd],
+    plan: &Plan,
+    own_hosts: bool,
+) -> Result<(), Failure> {
     let mut etcs = Vec::new();
     for layer in layers.iter().rev() {
         match open_directory(layer.as_fd(), "etc") {
@@ -28,14 +34,21 @@ pub(super) fn provide(upper: BorrowedFd<'_>, layers: &[OwnedFd], plan: &Plan) ->
     let hosts =
         format!("127.0.0.1\tlocalhost {0}\n::1\tlocalhost ip6-localhost ip6-loopback {0}\n", plan.hostname);
     let hostname = format!("{}\n", plan.hostname);
-    let files = [
-        ("hosts", hosts.as_str()),
-        ("hostname", hostname.as_str()),
-        ("resolv.conf", "# no name server is reachable from here\n"),
+    let network = plan.network.as_ref();
+    let resolv_conf =
+        network.map_or("# no name server is reachable from here\n", |network| &network.resolv_conf);
+    let mut files = vec![
+        ("hosts", hosts.as_str(), own_hosts),
+        ("hostname", hostname.as_str(), false),
+        ("resolv.conf", resolv_conf, network.is_some()),
     ];
+    if network.is_some() {
+        // Without it some C libraries ask name servers before they look into `hosts`.
+        files.push(("nsswitch.conf", "hosts: files dns\n", false));
+    }
     let mut target = None;
-    for (name, text) in files {
-        if !is_lacking(&etcs, name).about(name)? {
+    for (name, text, always) in files {
+        if !always && !is_lacking(&etcs, name).about(name)? {
             continue;
         }
         if target.is_none() {

@@ -22,7 +22,7 @@ mod sys;
 mod user;
 mod userns;
 
-pub use plan::{ContainerId, Fault, Plan, PlanFds, StepError, StepTiming, VolumePlan};
+pub use plan::{ContainerId, Fault, NetworkPlan, Plan, PlanFds, StepError, StepTiming, VolumePlan};
 pub use report::Report;
 pub use start::{Started, start};
 pub use step::STEPS;

@@ -70,6 +70,15 @@ pub(super) fn volume(
     Ok(mount)
 }
 
+/// A read-only view of one file of the host.
+pub(super) fn host_file(file: BorrowedFd<'_>) -> Result<OwnedFd, Failure> {
+    let mount = detached_copy(file)?;
+    let attr =
+        MountAttr { set: RDONLY | NOSUID | NODEV | NOEXEC, propagation: PRIVATE, ..MountAttr::default() };
+    sys::mount_setattr(mount.as_fd(), attr).about("mount_setattr")?;
+    Ok(mount)
+}
+
 /// Makes a copy private as well, lest mounts that the host makes beneath the source appear inside.
 fn map_ids(mount: BorrowedFd<'_>, userns: BorrowedFd<'_>, attributes: u64) -> Result<(), Failure> {
     let attr = MountAttr {

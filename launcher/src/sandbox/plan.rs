@@ -44,6 +44,9 @@ pub struct Plan {
     pub nofile: u64,
     /// Volumes, in mount order; the n-th belongs to the n-th of [`PlanFds::volumes`].
     pub volumes: Vec<VolumePlan>,
+    /// What a container that may connect out has besides; `None` for one that may not.
+    #[serde(default)]
+    pub network: Option<NetworkPlan>,
     /// What the daemon wants to be told when it finds the container again; nobody else reads it.
     #[serde(default)]
     pub note: String,
@@ -74,6 +77,13 @@ pub struct VolumePlan {
     pub read_only: bool,
 }
 
+/// The network of a [`Plan`]; the link itself is the daemon's work, see [`PlanFds::gate`].
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct NetworkPlan {
+    /// The text of `/etc/resolv.conf`, whatever the image has there.
+    pub resolv_conf: String,
+}
+
 /// The descriptors that go with a [`Plan`]; all are close-on-exec.
 #[derive(Debug)]
 pub struct PlanFds {
@@ -85,6 +95,10 @@ pub struct PlanFds {
     pub cgroup_tasks: Vec<OwnedFd>,
     /// cgroup v2 (also of a hybrid): the container's directory, for `CLONE_INTO_CGROUP`.
     pub cgroup_dir: Option<OwnedFd>,
+    /// A file of the host that becomes `/etc/hosts`, read-only: the daemon rewrites it when a host has moved.
+    pub hosts: Option<OwnedFd>,
+    /// The read end of a pipe: the program starts only when a byte has arrived, which says that the network is there.
+    pub gate: Option<OwnedFd>,
     /// Standard output and error of the app: the write ends of the daemon's pipes.
     pub stdout: OwnedFd,
     /// See `stdout`.

@@ -88,6 +88,15 @@ pub(super) fn loopback_up() -> Result<(), Failure> {
     sys::interface_up(socket.as_fd(), c"lo").about("lo")
 }
 
+/// Waits for one byte; the other end closes without one when it never will come.
+pub(super) fn wait_for(gate: BorrowedFd<'_>) -> Result<(), Failure> {
+    let mut byte = [0; 1];
+    match rustix::io::retry_on_intr(|| rustix::io::read(gate, &mut byte)).about("gate")? {
+        0 => Err(Failure::new(libc::ECANCELED, "the launcher has not made it")),
+        _ => Ok(()),
+    }
+}
+
 /// The name that `hostname` prints.
 pub(super) fn set_hostname(plan: &Plan) -> Result<(), Failure> {
     rustix::system::sethostname(plan.hostname.as_bytes()).about(&plan.hostname)

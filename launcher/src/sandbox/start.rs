@@ -44,6 +44,8 @@ pub fn start(plan: &Plan, fds: PlanFds, userns: &UserNs) -> Result<Started, Step
     let filters = Filters::prepared();
     let layers = steps.run("open layers", || open_layers(&fds, userns))?;
     let volumes = steps.run("open volumes", || open_volumes(plan, &fds, userns))?;
+    let hosts = steps
+        .run("open hosts", || fds.hosts.as_ref().map(|hosts| mount::host_file(hosts.as_fd())).transpose())?;
     let protected = steps.run("read oom score", process::is_protected_from_oom)?;
     let (report, reporter) = steps.run("open report socket", || {
         let pair =
@@ -57,12 +59,14 @@ pub fn start(plan: &Plan, fds: PlanFds, userns: &UserNs) -> Result<Started, Step
     match cloned.map_err(|error| Failure::from(error).at("clone"))? {
         Cloned::Parent { pid, pidfd } => Ok(Started { pid, pidfd, report }),
         Cloned::Child => {
-            let PlanFds { cgroup_tasks, stdout, stderr, .. } = fds;
+            let PlanFds { cgroup_tasks, gate, stdout, stderr, .. } = fds;
             let userns = userns.fd.as_fd();
             let given = Inheritance {
                 plan,
                 layers,
                 volumes,
+                hosts,
+                gate,
                 cgroup_tasks,
                 stdout,
                 stderr,

@@ -21,7 +21,7 @@ pub const MAX_MESSAGE: usize = 64 * 1024;
 /// No message carries more descriptors (the kernel's SCM_MAX_FD).
 pub const MAX_FDS: usize = 253;
 /// Version of this protocol; a daemon does not talk to a spawner of another version.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// What the daemon asks.
 #[derive(Debug, Deserialize, Serialize)]
@@ -191,6 +191,12 @@ pub struct FdCounts {
     pub cgroup_tasks: usize,
     /// [`PlanFds::cgroup_dir`].
     pub cgroup_dir: bool,
+    /// [`PlanFds::hosts`].
+    #[serde(default)]
+    pub hosts: bool,
+    /// [`PlanFds::gate`].
+    #[serde(default)]
+    pub gate: bool,
     /// [`PlanFds::outputs`].
     pub outputs: usize,
 }
@@ -203,12 +209,16 @@ impl FdCounts {
             volumes: fds.volumes.len(),
             cgroup_tasks: fds.cgroup_tasks.len(),
             cgroup_dir: fds.cgroup_dir.is_some(),
+            hosts: fds.hosts.is_some(),
+            gate: fds.gate.is_some(),
             outputs: fds.outputs.len(),
         };
         let mut row = fds.layers;
         row.extend(fds.volumes);
         row.extend(fds.cgroup_tasks);
         row.extend(fds.cgroup_dir);
+        row.extend(fds.hosts);
+        row.extend(fds.gate);
         row.push(fds.stdout);
         row.push(fds.stderr);
         row.extend(fds.outputs);
@@ -222,7 +232,8 @@ impl FdCounts {
             .checked_add(self.volumes)?
             .checked_add(self.cgroup_tasks)?
             .checked_add(self.outputs)?;
-        if row.len() != named.checked_add(usize::from(self.cgroup_dir) + 2)? {
+        let single = [self.cgroup_dir, self.hosts, self.gate].map(usize::from).iter().sum::<usize>();
+        if row.len() != named.checked_add(single + 2)? {
             return None;
         }
         let mut row = row.into_iter();
@@ -231,6 +242,8 @@ impl FdCounts {
             volumes: row.by_ref().take(self.volumes).collect(),
             cgroup_tasks: row.by_ref().take(self.cgroup_tasks).collect(),
             cgroup_dir: if self.cgroup_dir { row.next() } else { None },
+            hosts: if self.hosts { row.next() } else { None },
+            gate: if self.gate { row.next() } else { None },
             stdout: row.next()?,
             stderr: row.next()?,
             outputs: row.collect(),

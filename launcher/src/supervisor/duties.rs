@@ -293,7 +293,8 @@ impl Supervisor {
             // Told in the events; the configuration holds for the next start all the same.
             let _ = self.apply_limits();
         }
-        if old.container != self.app.container || old.volumes != self.app.volumes {
+        let same = |app: &App| (app.container.clone(), app.volumes.clone(), app.network.clone());
+        if same(&old) != same(&self.app) {
             self.replace_all("its configuration changed");
             let starting: Vec<_> = self
                 .running

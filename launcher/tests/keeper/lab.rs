@@ -122,6 +122,7 @@ impl Lab {
             nofile: 256,
             volumes: Vec::new(),
             note: String::new(),
+            network: None,
             staging: self.dir.path().join("staging").to_str().unwrap().to_owned(),
             fault: None,
         }
@@ -157,6 +158,8 @@ impl Lab {
                 volumes: Vec::new(),
                 cgroup_tasks,
                 cgroup_dir,
+                hosts: None,
+                gate: None,
                 stdout,
                 stderr,
                 outputs: Vec::new(),

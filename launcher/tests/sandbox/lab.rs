@@ -154,6 +154,7 @@ impl Container {
             nofile: 256,
             volumes: Vec::new(),
             note: String::new(),
+            network: None,
             staging: staging.path().to_str().unwrap().to_owned(),
             fault: None,
         };
@@ -189,6 +190,8 @@ impl Container {
             volumes: self.volumes.iter().map(|path| directory(path)).collect(),
             cgroup_tasks: self.cgroup_tasks.iter().map(|path| writable(path)).collect(),
             cgroup_dir: self.cgroup_dir.as_deref().map(directory),
+            hosts: None,
+            gate: None,
             stdout,
             stderr,
             outputs: Vec::new(),

@@ -296,6 +296,7 @@ pub fn app(app: &str) -> App {
             env: Default::default(),
         },
         volumes: Vec::new(),
+        network: Default::default(),
         resources: Resources {
             cpu: None,
             cpu_max: None,

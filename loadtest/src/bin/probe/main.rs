@@ -6,6 +6,7 @@
 //! | `LISTEN_AFTER_MS` | waits this long before it listens |
 //! | `NEVER_LISTEN=1` | never listens |
 //! | `EXIT_AFTER_MS`, `EXIT_CODE`, `LAST_WORDS` | prints some lines to stderr, `LAST_WORDS` last, and exits this long after the start; without `LISTEN_AFTER_MS` it does not listen before |
+//! | `CONNECT_FIRST` | connects to `ADDRESS:PORT` before it listens, and exits if that fails |
 //! | `IGNORE_TERM=1` | SIGTERM does nothing (otherwise: exit 0 at once) |
 //!
 //! The launcher's `FC_APP`, `FC_GENERATION` and `FC_WAKE_STARTED_NS` are shown by `/`. The paths are listed in `serve`.
@@ -14,6 +15,7 @@
 // The probe must misbehave in ways that no safe interface offers; all of that is in `raw` and `escape`.
 #![deny(unsafe_code)]
 
+mod connect;
 mod escape;
 mod facts;
 mod misbehave;
@@ -74,6 +76,13 @@ async fn listen_in_time(started: Instant, inherited: Vec<String>) -> std::io::Re
     }
     if let Some(wait) = wait {
         tokio::time::sleep_until((started + Duration::from_millis(wait)).into()).await;
+    }
+    if let Ok(to) = std::env::var("CONNECT_FIRST") {
+        let outcome = connect::connect(&to, false).await;
+        if outcome["ok"] != true {
+            return Err(std::io::Error::other(format!("{to}: {outcome}")));
+        }
+        eprintln!("probe: connected first: {outcome}");
     }
     let listener = loadtest::socket::listen_on(number("PORT").unwrap_or(8080))?;
     let listened_at_ns = loadtest::clock::unix_ns();

@@ -13,6 +13,8 @@
 //! | `/ws` | WebSocket echo |
 //! | `/close`, `/half` | closes without an answer; after 10 of 100 bytes |
 //! | `/spin?ms=N`, `/work?ms=N`, `/memhog?mib=N`, `/fdhog`, `/forkbomb`, `/exit?code=N`, `/log?line=TEXT` | see `misbehave` |
+//! | `/connect?to=ADDRESS:PORT`, `&udp=1` | connects out, see `connect` |
+//! | `/network` | JSON: what the container is told about its network |
 //! | `/escape` | JSON: attempts and facts, see `escape` and `facts` |
 
 use std::cell::Cell;
@@ -27,7 +29,7 @@ use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::{escape, facts, misbehave, websocket};
+use crate::{connect, escape, facts, misbehave, websocket};
 
 /// How this process came to be.
 pub(crate) struct Birth {
@@ -217,6 +219,11 @@ impl Probe {
             "/forkbomb" => misbehave::fork_without_end(),
             "/exit" => std::process::exit(head.query_number("code").unwrap_or(0)),
             "/log" => misbehave::log(&head.query("line").unwrap_or_default()),
+            "/connect" => {
+                let to = head.query("to").unwrap_or_default();
+                connect::connect(&to, head.query("udp").is_some()).await
+            }
+            "/network" => connect::files(),
             "/escape" => {
                 json!({ "attempts": escape::attempts(), "facts": facts::facts(&self.birth.inherited) })
             }
