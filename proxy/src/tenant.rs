@@ -423,6 +423,15 @@ impl AppRuntime {
                 State::Frozen => Fitness::Frozen,
                 State::Draining => Fitness::Draining,
             };
+            // In one launcher's life nothing that drains is ever ready again.
+            if fitness == Fitness::Ready
+                && let Some((upstream, _)) = known.upstreams.get(&instance.generation)
+                && upstream.fitness() == Fitness::Draining
+                && !upstream.go_on()
+            {
+                upstream.gone();
+                known.upstreams.remove(&instance.generation);
+            }
             match known.upstreams.get(&instance.generation) {
                 Some((upstream, _)) => match fitness {
                     Fitness::Ready if upstream.fitness() == Fitness::Frozen => {

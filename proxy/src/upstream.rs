@@ -243,6 +243,13 @@ impl Upstream {
         }
     }
 
+    /// It is not to end after all: its launcher died before it had ended it, and the next one goes on with it. Returns
+    /// false if it was given up already, with the sockets that were in stock.
+    pub fn go_on(&self) -> bool {
+        let (from, to) = (Fitness::Draining as u8, Fitness::Ready as u8);
+        self.fitness.compare_exchange(from, to, SeqCst, SeqCst).is_ok() && !self.quiesced.load(SeqCst)
+    }
+
     /// It is no more.
     pub fn gone(&self) {
         self.fitness.fetch_max(Fitness::Gone as u8, SeqCst);

@@ -322,6 +322,29 @@ async fn warm_apps_are_served_while_the_launcher_is_away_and_cold_ones_when_it_i
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_instance_whose_end_died_with_the_launcher_is_served_on_by_the_next() {
+    let (launcher, web) = (FakeLauncher::start(), Web::saying("hello").await);
+    launcher.put(app("blog"), web.port);
+    let proxy = Proxy::start(&launcher).await;
+    assert_eq!(get(proxy.address, "blog.test", "/").await.status, 200);
+    let generation = launcher.generation("blog");
+    let become_ = |state| {
+        launcher.change("blog", |record| record.instances.get_mut(&generation).unwrap().state = state);
+    };
+    become_(cmdb::State::Draining);
+    let quiesced = |request: &Request| matches!(request, Request::Quiesced { .. });
+    eventually(|| launcher.heard(quiesced) == 1).await;
+
+    launcher.disconnect();
+    become_(cmdb::State::Ready);
+    launcher.reconnect();
+
+    let answer = tokio::time::timeout(Duration::from_secs(10), get(proxy.address, "blog.test", "/")).await;
+    assert_eq!(answer.expect("in time").body, "hello");
+    assert_eq!(launcher.generation("blog"), generation, "by the same instance");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_proxy_that_starts_before_the_launcher_holds_what_it_knew_last() {
     let (launcher, web) = (FakeLauncher::start(), Web::saying("hello").await);
     launcher.put(app("blog"), web.port);

@@ -14,6 +14,7 @@ mod host;
 mod http;
 mod vhost;
 
+mod chaos;
 mod commands;
 mod config;
 mod crash;
