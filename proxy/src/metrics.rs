@@ -19,7 +19,7 @@ use prometheus_client::{
 
 use crate::{
     pages::Fault,
-    telemetry::micros,
+    telemetry::{micros, millis},
     tenant::{AppRuntime, House},
 };
 
@@ -139,7 +139,7 @@ impl Metrics {
 
     /// The launcher can be reached, or no more.
     pub fn launcher(&self, there: bool, now: Duration) {
-        self.launcher_lost.store(if there { 0 } else { ms(now) + 1 }, Relaxed);
+        self.launcher_lost.store(if there { 0 } else { millis(now).saturating_add(1) }, Relaxed);
     }
 
     /// An app has come: it has a label of its own if there is one left.
@@ -351,7 +351,7 @@ impl Collector for Scrape {
             house.linked.load(SeqCst).into(),
         )?;
         let lost = metrics.launcher_lost.load(Relaxed);
-        let age = lost.checked_sub(1).map_or(0, |lost| ms(house.begun.elapsed()).saturating_sub(lost));
+        let age = lost.checked_sub(1).map_or(0, |lost| millis(house.begun.elapsed()).saturating_sub(lost));
         let mut family = to.encode_descriptor(
             "cache_age",
             "How long ago the routing state was last known to be the newest; 0 while the launcher can be reached.",
@@ -390,10 +390,6 @@ fn gauge_of(to: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) 
 
 fn seconds(us: u64) -> f64 {
     Duration::from_micros(us).as_secs_f64()
-}
-
-fn ms(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX - 1)
 }
 
 #[cfg(test)]
