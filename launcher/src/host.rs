@@ -17,8 +17,8 @@ use tokio::sync::mpsc;
 use crate::{
     cgroup::Cgroups,
     events::Events,
-    governor::Governor,
     faults::Faults,
+    governor::Governor,
     image::ImageStore,
     instance::Live,
     keeper::{Keeper, KeeperEvent},
