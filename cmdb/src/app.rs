@@ -147,6 +147,17 @@ pub struct Hold {
     pub timeout: Duration,
     /// Whether browsers that navigate get a waiting page instead.
     pub page: bool,
+    /// How long they are held before.
+    #[serde(default = "Hold::usual_page_after")]
+    pub page_after: Duration,
+}
+
+impl Hold {
+    /// `page-after` where none is given.
+    #[must_use]
+    pub fn usual_page_after() -> Duration {
+        Duration::from_millis(500)
+    }
 }
 
 /// An app's name: 1 to 63 of `a-z 0-9 - _ .`, beginning with a letter or digit. Safe as a file name, a cgroup's name and in logs.

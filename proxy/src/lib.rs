@@ -34,6 +34,7 @@ pub mod stock;
 pub mod telemetry;
 pub mod tenant;
 pub mod upstream;
+pub mod waiting;
 
 pub use config::Config;
 pub use phases::Ctx;

@@ -362,6 +362,12 @@ pub fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
+/// Whole ms.
+#[must_use]
+pub fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// What a [`Record`] takes from the request's headers.
 #[must_use]
 pub fn header_of(request: &pingora::http::RequestHeader, name: http::HeaderName) -> Option<HeaderValue> {

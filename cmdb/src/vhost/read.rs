@@ -367,5 +367,6 @@ fn read_hold(reader: &mut Reader<'_>, section: Section<'_>) -> Hold {
         queue: reader.number(section, "queue", 1, 1_000_000).map_or(1000, |queue| queue.value),
         timeout: reader.duration(section, "timeout").unwrap_or(Duration::from_secs(30)),
         page: reader.flag(section, "page").unwrap_or(false),
+        page_after: reader.duration(section, "page-after").unwrap_or(Hold::usual_page_after()),
     }
 }

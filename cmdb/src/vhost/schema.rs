@@ -272,7 +272,15 @@ pub(super) const KEYS: &[Key] = &[
         "true or false",
         "false",
         "false",
-        "Whether a browser that navigates gets a waiting page. (Read and kept; the page itself is still to come.)",
+        "Whether a browser that opens a page of an app that is not ready is shown a waiting page, which opens it when it is. Everything else is held all the same: other programs, scripts, pictures, forms.",
+    ),
+    key(
+        "hold",
+        "page-after",
+        "a duration",
+        "\"500ms\"",
+        "\"500ms\"",
+        "How long a browser is held before it is shown the waiting page.",
     ),
 ];
 

@@ -49,6 +49,11 @@ pub(crate) fn app(name: &str, host: &str) -> App {
             pick: cmdb::app::Pick::Random,
             slow_start: None,
         },
-        hold: Hold { queue: 10, timeout: Duration::from_secs(30), page: false },
+        hold: Hold {
+            queue: 10,
+            timeout: Duration::from_secs(30),
+            page: false,
+            page_after: Hold::usual_page_after(),
+        },
     }
 }

@@ -321,7 +321,12 @@ pub fn app(app: &str) -> App {
             pick: Pick::Random,
             slow_start: None,
         },
-        hold: Hold { queue: 1000, timeout: Duration::from_secs(15), page: false },
+        hold: Hold {
+            queue: 1000,
+            timeout: Duration::from_secs(15),
+            page: false,
+            page_after: Hold::usual_page_after(),
+        },
     }
 }
 
