@@ -44,8 +44,10 @@ pub fn start(plan: &Plan, fds: PlanFds, userns: &UserNs) -> Result<Started, Step
     let filters = Filters::prepared();
     let layers = steps.run("open layers", || open_layers(&fds, userns))?;
     let volumes = steps.run("open volumes", || open_volumes(plan, &fds, userns))?;
-    let hosts = steps
-        .run("open hosts", || fds.hosts.as_ref().map(|hosts| mount::host_file(hosts.as_fd())).transpose())?;
+    let hosts = match &fds.hosts {
+        Some(hosts) => Some(steps.run("open hosts", || mount::host_file(hosts.as_fd()))?),
+        None => None,
+    };
     let protected = steps.run("read oom score", process::is_protected_from_oom)?;
     let (report, reporter) = steps.run("open report socket", || {
         let pair =

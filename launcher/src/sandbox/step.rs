@@ -74,7 +74,8 @@ impl<T, E: Into<Failure>> About<T> for Result<T, E> {
     }
 }
 
-/// The names of all steps, in the order of execution.
+/// The names of all steps of a container without network, in the order of execution. One with has besides `open hosts`,
+/// `mount hosts` and `wait for network`.
 pub const STEPS: [&str; 43] = [
     "check plan",
     "open layers",
