@@ -79,7 +79,6 @@ impl<T, E: Into<Failure>> About<T> for Result<T, E> {
 pub const STEPS: [&str; 43] = [
     "check plan",
     "open layers",
-    "open volumes",
     "read oom score",
     "open report socket",
     "clone",
@@ -90,6 +89,7 @@ pub const STEPS: [&str; 43] = [
     "new session",
     "reset oom score",
     "make mounts private",
+    "open volumes",
     "mount staging",
     "attach layers",
     "provide files",
