@@ -99,7 +99,7 @@ pub async fn run(config: Config) -> Result<()> {
         events,
         ledger,
         staging: config.state.launcher().join("staging"),
-        datapool: open_datapool(config.datapool.as_deref())?,
+        datapool: datapool(config.datapool.as_deref())?,
         governor: Governor::new(
             config.governor,
             config.keep_free.unwrap_or_else(HostGauge::usual_reserve),
@@ -295,12 +295,10 @@ async fn end_everything(host: &Arc<Host>) {
     }
 }
 
-fn open_datapool(path: Option<&Path>) -> Result<Option<std::os::fd::OwnedFd>> {
-    use rustix::fs::{Mode, OFlags};
-    let Some(path) = path else { return Ok(None) };
-    let fd = rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .with_context(|| format!("the DataPool {} cannot be opened", path.display()))?;
-    Ok(Some(fd))
+/// Looked at no further: a dead network file system must not keep the launcher from starting. Apps with volumes say what is wrong.
+fn datapool(path: Option<&Path>) -> Result<Option<PathBuf>> {
+    let absolute = |path| std::path::absolute(path).context("the DataPool's path");
+    path.map(absolute).transpose()
 }
 
 fn node_name() -> String {

@@ -232,7 +232,6 @@ impl Launch {
 
         let mut link = self.host.outbound.prepare(&self.app).await.map_err(|e| self.cannot(&e))?;
         let (gate, opener) = gate(link.is_some()).map_err(|e| self.cannot(&e))?;
-        let volumes = self.open_volumes().await?;
         let (stdout, spare_out, capture) =
             self.output.capture(self.generation, "stdout").map_err(|e| self.cannot(&e))?;
         captures.push(capture);
@@ -243,17 +242,8 @@ impl Launch {
         let (port, stop_signal) = (plan.port, image.config.stop_signal());
         let outputs = vec![spare_out, spare_err];
         let hosts = link.as_mut().and_then(|link| link.hosts.take());
-        let fds = PlanFds {
-            layers: image.fds,
-            volumes,
-            cgroup_tasks,
-            cgroup_dir,
-            hosts,
-            gate,
-            stdout,
-            stderr,
-            outputs,
-        };
+        let fds =
+            PlanFds { layers: image.fds, cgroup_tasks, cgroup_dir, hosts, gate, stdout, stderr, outputs };
         let created = self.host.keeper.create(plan, fds).await.map_err(|e| self.not_created(&e))?;
 
         let group = Arc::new(group);

@@ -120,6 +120,7 @@ impl Lab {
             upper_bytes: 16 << 20,
             shm_bytes: 1 << 20,
             nofile: 256,
+            datapool: None,
             volumes: Vec::new(),
             note: String::new(),
             network: None,
@@ -155,7 +156,6 @@ impl Lab {
         (
             PlanFds {
                 layers,
-                volumes: Vec::new(),
                 cgroup_tasks,
                 cgroup_dir,
                 hosts: None,
