@@ -249,7 +249,7 @@ pub enum Reply {
         record: AppRecord,
     },
     /// One app's or instance's line of `ps`.
-    Status(Status),
+    Status(Box<Status>),
     /// One event.
     Event(Event),
     /// One line of output.
