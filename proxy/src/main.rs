@@ -17,7 +17,7 @@ use fastcontainer_proxy::{
     Config, FastContainer,
     admin::MetricsPage,
     config::{AccessLog, Network},
-    telemetry,
+    doorman, telemetry,
     tenant::House,
 };
 use launcher_client::paths::{DEFAULT_STATE, GROUP_ID, PROXY_UID, StateDir};
@@ -26,7 +26,6 @@ use nix::{
     unistd::{Gid, Uid, geteuid, getppid, setgroups, setresgid, setresuid},
 };
 use pingora::{
-    proxy::http_proxy_service_with_name,
     server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, UnixShutdownSignalWatch},
     services::listening::Service,
 };
@@ -59,6 +58,9 @@ struct Options {
     /// Most requests that wait for an instance, in all apps together
     #[arg(long, default_value_t = 10_000)]
     hold_limit: usize,
+    /// Seconds until a request's header must be whole, counted from the connection or the last answer
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    header_timeout: u64,
     /// Seconds that requests may go on after SIGTERM
     #[arg(long, default_value_t = 10)]
     grace: u64,
@@ -101,6 +103,7 @@ fn run(options: Options) -> anyhow::Result<()> {
     let config = Config {
         hold_limit: options.hold_limit,
         trusted: options.trust,
+        header_timeout: Duration::from_secs(options.header_timeout),
         grace: Duration::from_secs(options.grace),
         access_log: options.access_log,
         ..Config::new(state)
@@ -126,7 +129,7 @@ fn serve(config: Config, listens: &[SocketAddr], metrics: Option<SocketAddr>, th
     server.bootstrap();
     let (proxy, attendants) = FastContainer::new(config, listens.to_vec());
     let house = Arc::clone(proxy.house());
-    let mut service = http_proxy_service_with_name(&server.configuration, proxy, "proxy");
+    let mut service = doorman::service(&server.configuration, proxy, None);
     for address in listens {
         service.add_tcp(&address.to_string());
     }
