@@ -15,16 +15,13 @@ use cmdb::{
     app::{Container, Hold, Lifecycle, Pick, Resources, Scale},
     units::Bytes,
 };
-use fastcontainer_proxy::{Config, FastContainer, tenant::House};
+use fastcontainer_proxy::{Config, FastContainer, doorman, tenant::House};
 use launcher_client::{
     packet,
     paths::StateDir,
     wire::{ClientPacket, Refusal, RefusalCode, Reply, Request, ServerPacket, VERSION, WakeTiming},
 };
-use pingora::{
-    proxy::http_proxy_service_with_name,
-    server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch},
-};
+use pingora::server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch};
 use tokio::{
     sync::{mpsc, watch},
     time::{sleep, timeout},
@@ -357,12 +354,9 @@ impl Proxy {
         std::thread::spawn(move || {
             let mut server = Server::new_with_opt_and_conf(None, conf);
             server.bootstrap();
-            let mut service = http_proxy_service_with_name(&server.configuration, proxy, "proxy");
-            if h2c {
-                let mut options = pingora::apps::HttpServerOptions::default();
-                options.h2c = true;
-                service.app_logic_mut().unwrap().server_options = Some(options);
-            }
+            let mut options = pingora::apps::HttpServerOptions::default();
+            options.h2c = h2c;
+            let mut service = doorman::service(&server.configuration, proxy, Some(options));
             service.add_tcp(&address.to_string());
             server.add_service(attendants.link);
             server.add_service(attendants.office);
