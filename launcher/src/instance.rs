@@ -313,6 +313,7 @@ impl Launch {
         let mut trace = made.trace.clone();
         let mut failure: Option<End> = None;
         let mut listens = made.listens.is_some();
+        let mut runs = listens;
         if let Some(port) = made.listens {
             self.publish(&made, port, trace.unknown());
         }
@@ -323,6 +324,7 @@ impl Launch {
             tokio::select! {
                 event = events.recv() => match event {
                     Some(KeeperEvent::Execed { timings, notify, at_us, .. }) => {
+                        runs = true;
                         trace.execed(timings.into_iter().map(step), at_us);
                         if !notify && let Some(port) = made.port {
                             let sockets = made.sockets.clone();
@@ -379,7 +381,10 @@ impl Launch {
                 },
                 () = sleep_until(deadline) => {
                     if kill_at.is_none() {
-                        failure = Some(self.timed_out("does not listen"));
+                        failure = Some(match runs {
+                            true => self.timed_out("does not listen"),
+                            false => self.not_made_in_time(made.created.pid),
+                        });
                     }
                     self.host.keeper.kill(&container, SIGKILL);
                     kill_at = Some(Instant::now() + Duration::from_secs(5));
@@ -458,6 +463,17 @@ impl Launch {
         let limit = self.app.lifecycle.start_timeout;
         let port = self.app.container.port.map_or(String::new(), |p| format!(" on port {p}"));
         let reason = format!("{what}{port} within its start-timeout of {limit:?}");
+        End { code: RefusalCode::StartTimeout, reason, oom: false }
+    }
+
+    /// The container's first process is still on its way to the app's program.
+    fn not_made_in_time(&self, pid: i32) -> End {
+        let limit = self.app.lifecycle.start_timeout;
+        let waits = std::fs::read_to_string(format!("/proc/{pid}/wchan")).unwrap_or_default();
+        let waits =
+            if waits.len() > 1 { format!(" (it waits in the kernel's {waits})") } else { String::new() };
+        let volumes = if self.app.volumes.is_empty() { "" } else { "; does the DataPool hang?" };
+        let reason = format!("was not made within its start-timeout of {limit:?}{waits}{volumes}");
         End { code: RefusalCode::StartTimeout, reason, oom: false }
     }
 

@@ -31,4 +31,5 @@ mod scaling;
 mod sleep;
 mod storm;
 mod usage;
+mod volumes;
 mod wake;
