@@ -39,6 +39,8 @@ use crate::{
 
 /// How long the end of all instances may take before the spawner is ended with whatever it still has.
 const END_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long requests wait for instances that cannot be picked up at once.
+const ADOPTION_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a start waits for an earlier daemon of the same state folder to end.
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -67,13 +69,23 @@ pub struct Config {
     pub exe: PathBuf,
 }
 
-/// Runs the daemon until SIGTERM or SIGINT.
+/// Why the daemon has ended.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Ended {
+    /// It was told to, and every instance has ended with it.
+    Whole,
+    /// The program is to be started anew in this process; the instances go on meanwhile.
+    ForAnother,
+}
+
+/// Runs the daemon until SIGTERM or SIGINT, or until SIGUSR2 asks for the program to be started anew.
 ///
 /// # Errors
 /// Whatever keeps it from starting, with what to do about it. Once it serves, it goes on.
-pub async fn run(config: Config) -> Result<()> {
+pub async fn run(config: Config) -> Result<Ended> {
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be handled")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be handled")?;
+    let mut upgrade = signal(SignalKind::user_defined2()).context("SIGUSR2 cannot be handled")?;
 
     make_folders(&config)?;
     let _lock = lock(&config.state.launcher()).await?;
@@ -118,7 +130,7 @@ pub async fn run(config: Config) -> Result<()> {
     host.outbound.resume(&links).await;
     tokio::spawn(outbound::keep(Arc::clone(&host)));
     tokio::spawn(route_events(Arc::clone(&host), spawner.events));
-    adopt(&host, adoptions);
+    adopt(&host, adoptions).await;
 
     let path = config.state.launcher_socket();
     let listener = api::bind(&path, config.gid).context("the launcher's socket")?;
@@ -131,12 +143,17 @@ pub async fn run(config: Config) -> Result<()> {
     let by = tokio::select! {
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
+        _ = upgrade.recv() => {
+            let message = "SIGUSR2: the launcher starts anew, as the program is now; running apps go on".to_owned();
+            host.events.emit("launcher-upgrading", None, None, message);
+            return Ok(Ended::ForAnother);
+        }
     };
     host.events.emit("launcher-ending", None, None, format!("{by}: every instance is being ended"));
     api.abort();
     end_everything(&host).await;
     let _ = fs::remove_file(&path);
-    Ok(())
+    Ok(Ended::Whole)
 }
 
 fn make_folders(config: &Config) -> Result<()> {
@@ -230,6 +247,7 @@ fn leftover(found: Found, store: &dyn Store) -> Option<Leftover> {
         port: state.listening?.port,
         outputs: found.outputs,
         tag: serde_json::from_str(&state.note).ok()?,
+        under_way: None,
     };
     Some(Leftover { id: state.id, app, adoption })
 }
@@ -246,8 +264,13 @@ async fn clear_leftovers(cgroups: &Cgroups, adoptions: &[Leftover], ledger: &Led
     }
 }
 
-fn adopt(host: &Arc<Host>, adoptions: Vec<Leftover>) {
-    for Leftover { id, app, adoption } in adoptions {
+/// Has the instances supervised again, and waits until they are: a proxy that asks earlier would hear that an instance on
+/// which it serves requests does not exist.
+async fn adopt(host: &Arc<Host>, adoptions: Vec<Leftover>) {
+    let mut under_way = Vec::with_capacity(adoptions.len());
+    for Leftover { id, app, mut adoption } in adoptions {
+        let (sender, done) = oneshot::channel();
+        adoption.under_way = Some(sender);
         let supervisor = match host.supervisor(&app) {
             Ok(supervisor) if host.claim_ids(&app, adoption.tag.id_base) => supervisor,
             _ => {
@@ -257,6 +280,15 @@ fn adopt(host: &Arc<Host>, adoptions: Vec<Leftover>) {
             }
         };
         let _ = supervisor.send(Message::Adopt(Generation(id.generation), Box::new(adoption)));
+        under_way.push(done);
+    }
+    let all = async {
+        for done in under_way {
+            let _ = done.await;
+        }
+    };
+    if tokio::time::timeout(ADOPTION_TIMEOUT, all).await.is_err() {
+        tracing::warn!("not every instance of the earlier launcher could be picked up in time");
     }
 }
 

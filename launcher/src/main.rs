@@ -1,15 +1,27 @@
 //! `fastcontainer-launcher`: the daemon, and with `spawner` the small process that makes containers.
 #![forbid(unsafe_code)]
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    os::unix::process::CommandExt as _,
+    path::PathBuf,
+    process::{Command, ExitCode},
+    time::Duration,
+};
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use cmdb::units::Bytes;
-use launcher::{api::Identities, daemon};
+use launcher::{
+    api::Identities,
+    daemon::{self, Ended},
+};
 use launcher_client::{
     GovernorMode,
     paths::{COREAPI_UID, DEFAULT_STATE, GROUP_ID, PROXY_UID, StateDir},
 };
+
+/// How long an end waits for work that cannot be interrupted, such as reading a file of a slow disk.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Creates, limits, watches and ends containers. Runs as root; `fastcontainer up` starts it.
 #[derive(Debug, Parser)]
@@ -103,9 +115,14 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
         network_dns: arguments.network_dns,
         exe: std::env::current_exe()?,
     };
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?
-        .block_on(daemon::run(config))
+    let exe = config.exe.clone();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let ended = runtime.block_on(daemon::run(config))?;
+    runtime.shutdown_timeout(PATIENCE);
+    if ended == Ended::ForAnother {
+        // In the same process: whoever supervises it sees no end. All descriptors close, as they do in a death.
+        let error = Command::new(&exe).args(std::env::args_os().skip(1)).exec();
+        return Err(error).with_context(|| format!("{} cannot be started", exe.display()));
+    }
+    Ok(())
 }

@@ -242,6 +242,10 @@ impl Supervisor {
             match self.apply(transition).await {
                 Ok(Outcome::Ready(generation)) => match self.awake(generation).await {
                     Some(awake) => return drop(reply.send(Ok(awake))),
+                    // It runs, and is only just being picked up from an earlier daemon.
+                    None if self.running.get(&generation).is_some_and(Running::is_adopted) => {
+                        return self.wakers.push(reply);
+                    }
                     None => drop(self.apply(Transition::Gone { generation }).await),
                 },
                 Ok(Outcome::Join(generation)) if self.running.contains_key(&generation) => {

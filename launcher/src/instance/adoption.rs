@@ -5,6 +5,7 @@ use std::{os::fd::OwnedFd, sync::Arc};
 use cmdb::{App, fingerprint::fnv1a};
 use nix::libc::SIGTERM;
 use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
 
 use super::{End, Launch, Made};
 use crate::{
@@ -50,6 +51,8 @@ pub struct Adoption {
     pub outputs: Vec<OwnedFd>,
     /// What the earlier daemon wrote on it.
     pub tag: Tag,
+    /// Dropped when it is supervised again, or is not to be.
+    pub under_way: Option<oneshot::Sender<()>>,
 }
 
 /// Tells apart what apps are told to run: a fingerprint of the configuration of container, volumes and network.

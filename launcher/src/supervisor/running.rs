@@ -8,7 +8,10 @@ use std::{
 
 use cmdb::{App, Generation, State};
 use launcher_client::wire::{Activity, WakeTiming};
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use crate::{
     cgroup::Group,
@@ -56,6 +59,8 @@ pub(super) struct Running {
     /// Whether a proxy's suspicion is being looked into.
     pub(super) examined: bool,
     adopted: bool,
+    /// See [`crate::instance::Adoption::under_way`].
+    adoption: Option<oneshot::Sender<()>>,
     /// What it got of the CPU.
     pub(super) monitor: Monitor,
     control: mpsc::UnboundedSender<Control>,
@@ -138,6 +143,7 @@ impl Running {
             examined: false,
             rest: Rest::Awake,
             adopted: false,
+            adoption: None,
             monitor: Monitor::default(),
             control,
             begun: now,
@@ -152,8 +158,9 @@ impl Running {
     }
 
     /// It was started by an earlier daemon.
-    pub(super) fn adopted(&mut self, pid: i32, image: String) {
+    pub(super) fn adopted(&mut self, pid: i32, image: String, under_way: Option<oneshot::Sender<()>>) {
         self.adopted = true;
+        self.adoption = under_way;
         self.pid = Some(pid);
         self.image = image;
     }
@@ -167,6 +174,7 @@ impl Running {
         let expires =
             self.app.lifecycle.lifetime.map(|lifetime| since + jittered(lifetime, live.id.generation));
         self.last_active = since;
+        self.adoption = None;
         self.stage = Stage::Ready { live, timing, since, expires };
     }
 
