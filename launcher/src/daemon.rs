@@ -27,7 +27,7 @@ use crate::{
     events::Events,
     governor::{Governor, HostGauge},
     host::{Host, Parts},
-    image::ImageStore,
+    image::{self, ImageStore},
     instance::Adoption,
     keeper::{Found, Keeper, KeeperEvent},
     ledger::Ledger,
@@ -65,6 +65,12 @@ pub struct Config {
     pub network_dns: Vec<std::net::IpAddr>,
     /// This program, to be started as the spawner.
     pub exe: PathBuf,
+    /// Bytes that all images together may take.
+    pub image_space: u64,
+    /// User and password for registries.
+    pub registry_auth: Option<PathBuf>,
+    /// Registries that are spoken to without TLS.
+    pub insecure_registries: Vec<String>,
 }
 
 /// Runs the daemon until SIGTERM or SIGINT.
@@ -95,7 +101,8 @@ pub async fn run(config: Config) -> Result<()> {
         store: Arc::new(store),
         keeper: spawner.keeper,
         cgroups,
-        images: ImageStore::new(&config.state.launcher().join("images")).context("the image store")?,
+        images: ImageStore::new(&config.state.launcher().join("images"), image_options(&config))
+            .context("the image store")?,
         events,
         ledger,
         staging: config.state.launcher().join("staging"),
@@ -128,15 +135,27 @@ pub async fn run(config: Config) -> Result<()> {
         drop(host.supervisor(&app.name));
     }
 
+    let preparation = tokio::spawn(crate::preparation::run(Arc::clone(&host)));
+
     let by = tokio::select! {
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
     };
     host.events.emit("launcher-ending", None, None, format!("{by}: every instance is being ended"));
     api.abort();
+    preparation.abort();
     end_everything(&host).await;
     let _ = fs::remove_file(&path);
     Ok(())
+}
+
+fn image_options(config: &Config) -> image::Options {
+    image::Options {
+        space: config.image_space,
+        registry_auth: config.registry_auth.clone(),
+        insecure_registries: config.insecure_registries.clone(),
+        ..image::Options::new(config.exe.clone(), config.state.fetch())
+    }
 }
 
 fn make_folders(config: &Config) -> Result<()> {
@@ -153,6 +172,8 @@ fn make_folders(config: &Config) -> Result<()> {
     make(config.state.root(), 0o755)?;
     make(&config.state.launcher(), 0o700)?;
     make(&config.state.launcher().join("staging"), 0o700)?;
+    // Fetchers are nobody, and walk through here to a folder of their own.
+    make(&config.state.fetch(), 0o711)?;
     make(&config.state.run(), 0o711)
 }
 
@@ -230,6 +251,7 @@ fn leftover(found: Found, store: &dyn Store) -> Option<Leftover> {
         port: state.listening?.port,
         outputs: found.outputs,
         tag: serde_json::from_str(&state.note).ok()?,
+        image: None,
     };
     Some(Leftover { id: state.id, app, adoption })
 }
@@ -247,7 +269,8 @@ async fn clear_leftovers(cgroups: &Cgroups, adoptions: &[Leftover], ledger: &Led
 }
 
 fn adopt(host: &Arc<Host>, adoptions: Vec<Leftover>) {
-    for Leftover { id, app, adoption } in adoptions {
+    for Leftover { id, app, mut adoption } in adoptions {
+        adoption.image = Some(host.images.lease(&adoption.tag.image));
         let supervisor = match host.supervisor(&app) {
             Ok(supervisor) if host.claim_ids(&app, adoption.tag.id_base) => supervisor,
             _ => {

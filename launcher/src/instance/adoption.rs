@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{End, Launch, Made};
 use crate::{
+    image::Lease,
     keeper::{Created, monotonic_us},
     outbound::LinkPlan,
     output::Capture,
@@ -50,6 +51,8 @@ pub struct Adoption {
     pub outputs: Vec<OwnedFd>,
     /// What the earlier daemon wrote on it.
     pub tag: Tag,
+    /// Keeps its image, from before anything looks for images that nobody uses.
+    pub image: Option<Lease>,
 }
 
 /// Tells apart what apps are told to run: a fingerprint of the configuration of container, volumes and network.
@@ -81,7 +84,7 @@ impl Launch {
             sockets,
             trace: Trace::of_earlier(adoption.tag.begun_us),
             _link: adoption.tag.link.map(|plan| self.host.outbound.adopt(plan)),
-            _image: self.host.images.lease(&adoption.tag.image),
+            _image: adoption.image.unwrap_or_else(|| self.host.images.lease(&adoption.tag.image)),
             port: Some(adoption.port),
             stop_signal: adoption.tag.stop_signal,
             listens: Some(adoption.port),
