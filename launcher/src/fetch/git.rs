@@ -55,7 +55,7 @@ pub(super) fn fetch(
     let commit =
         said(&in_repository("rev-parse", &["rev-parse", "--verify", &format!("{commit}^{{commit}}")])?);
     let tree = format!("{commit}:{}", folder.trim_matches('/'));
-    let tree = said(&in_repository("rev-parse", &["rev-parse", "--verify", &format!("{tree}^{{tree}}")])?);
+    let tree = said(&in_repository("rev-parse", &["rev-parse", "--verify", &tree])?);
     // A commit of the tree, dated as the commit that it comes from: the same content gives the same archive.
     let date = said(&in_repository("show", &["show", "--no-patch", "--format=%ct", &commit])?);
     let dated = said(&checked("commit-tree", {
