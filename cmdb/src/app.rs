@@ -38,7 +38,8 @@ pub struct App {
 /// `[container]`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Container {
-    /// `dir:`, `tar:` or `oci:` and an absolute path (relative paths of the file are resolved by the parser).
+    /// `dir:`, `tar:` or `oci:` and an absolute path (relative paths of the file are resolved by the parser), `docker://…`
+    /// or `git+…`.
     pub image: String,
     /// Program and arguments; empty: the image's own.
     pub command: Vec<String>,

@@ -90,6 +90,9 @@ pub(crate) enum Command {
     /// Set the number of instances of an app, or pause its automatic scaling
     #[command(after_help = SCALE)]
     Scale(Scale),
+    /// Show the images of all apps, and how far their preparation is
+    #[command(after_help = IMAGES)]
+    Images,
     /// Explain where the time of one request went
     #[command(after_help = WHY)]
     Why(Why),
@@ -137,6 +140,15 @@ pub(crate) struct Up {
     /// Name server of apps that reach the internet; may be given several times. This host's own otherwise
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) network_dns: Vec<IpAddr>,
+    /// Most bytes that unpacked images may take, such as 20GiB
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) image_space: Option<Bytes>,
+    /// User and password for registries: a file as `docker login` writes it (~/.docker/config.json)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) registry_auth: Option<PathBuf>,
+    /// A registry that is spoken to without TLS (those of the loopback are anyway); may be given several times
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) insecure_registry: Vec<String>,
 }
 
 const CHECK: &str = "\
@@ -318,6 +330,14 @@ pub(crate) struct Scale {
     #[arg(long, group = "what")]
     pub(crate) auto: bool,
 }
+
+const IMAGES: &str = "\
+Images are prepared (fetched, unpacked, verified) as soon as a vhost file names them, looked at again every ten minutes and
+at each start, and removed when no file names them and no instance runs on them.
+
+Examples:
+  sudo fastcontainer images
+  sudo fastcontainer images --json | jq '.[] | select(.state == \"failed\")'";
 
 const WHY: &str = "\
 Without an id: the last requests, each with its id. Ids are in the access log (STATE/proxy/access.log) and on error pages

@@ -155,7 +155,11 @@ fn row(status: &Status, wide: bool) -> Vec<String> {
             status.memory_bytes.map(|bytes| Bytes(bytes).to_string()),
             status.memory_limit.map(|bytes| Bytes(bytes).to_string()),
         ),
-        or_dash(Some(text::clean(&status.image).into_owned()).filter(|image| !image.is_empty())),
+        match text::clean(&status.image) {
+            image if image.is_empty() => "-".to_owned(),
+            image if status.image_is_old => format!("{image} (old)"),
+            image => image.into_owned(),
+        },
     ];
     if wide {
         let times = |window: &Window| {
@@ -208,6 +212,7 @@ mod tests {
             image: "sha256:0123456789ab".into(),
             overrides: Vec::new(),
             decision: None,
+            image_is_old: false,
         }
     }
 

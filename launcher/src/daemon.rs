@@ -27,7 +27,7 @@ use crate::{
     events::Events,
     governor::{Governor, HostGauge},
     host::{Host, Parts},
-    image::ImageStore,
+    image::{self, ImageStore},
     instance::Adoption,
     keeper::{Found, Keeper, KeeperEvent},
     ledger::Ledger,
@@ -67,6 +67,12 @@ pub struct Config {
     pub network_dns: Vec<std::net::IpAddr>,
     /// This program, to be started as the spawner.
     pub exe: PathBuf,
+    /// Bytes that all images together may take.
+    pub image_space: u64,
+    /// User and password for registries.
+    pub registry_auth: Option<PathBuf>,
+    /// Registries that are spoken to without TLS.
+    pub insecure_registries: Vec<String>,
 }
 
 /// Why the daemon has ended.
@@ -107,7 +113,8 @@ pub async fn run(config: Config) -> Result<Ended> {
         store: Arc::new(store),
         keeper: spawner.keeper,
         cgroups,
-        images: ImageStore::new(&config.state.launcher().join("images")).context("the image store")?,
+        images: ImageStore::new(&config.state.launcher().join("images"), image_options(&config))
+            .context("the image store")?,
         events,
         ledger,
         staging: config.state.launcher().join("staging"),
@@ -140,6 +147,8 @@ pub async fn run(config: Config) -> Result<Ended> {
         drop(host.supervisor(&app.name));
     }
 
+    let preparation = tokio::spawn(crate::preparation::run(Arc::clone(&host)));
+
     let by = tokio::select! {
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
@@ -151,9 +160,19 @@ pub async fn run(config: Config) -> Result<Ended> {
     };
     host.events.emit("launcher-ending", None, None, format!("{by}: every instance is being ended"));
     api.abort();
+    preparation.abort();
     end_everything(&host).await;
     let _ = fs::remove_file(&path);
     Ok(Ended::Whole)
+}
+
+fn image_options(config: &Config) -> image::Options {
+    image::Options {
+        space: config.image_space,
+        registry_auth: config.registry_auth.clone(),
+        insecure_registries: config.insecure_registries.clone(),
+        ..image::Options::new(config.exe.clone(), config.state.fetch())
+    }
 }
 
 fn make_folders(config: &Config) -> Result<()> {
@@ -170,6 +189,8 @@ fn make_folders(config: &Config) -> Result<()> {
     make(config.state.root(), 0o755)?;
     make(&config.state.launcher(), 0o700)?;
     make(&config.state.launcher().join("staging"), 0o700)?;
+    // Fetchers are nobody, and walk through here to a folder of their own.
+    make(&config.state.fetch(), 0o711)?;
     make(&config.state.run(), 0o711)
 }
 
@@ -248,6 +269,7 @@ fn leftover(found: Found, store: &dyn Store) -> Option<Leftover> {
         outputs: found.outputs,
         tag: serde_json::from_str(&state.note).ok()?,
         under_way: None,
+        image: None,
     };
     Some(Leftover { id: state.id, app, adoption })
 }
@@ -271,6 +293,7 @@ async fn adopt(host: &Arc<Host>, adoptions: Vec<Leftover>) {
     for Leftover { id, app, mut adoption } in adoptions {
         let (sender, done) = oneshot::channel();
         adoption.under_way = Some(sender);
+        adoption.image = Some(host.images.lease(&adoption.tag.image));
         let supervisor = match host.supervisor(&app) {
             Ok(supervisor) if host.claim_ids(&app, adoption.tag.id_base) => supervisor,
             _ => {

@@ -173,7 +173,7 @@ impl Launch {
             Err(_) => {
                 // `create` may have come to pass all the same: then it is ended like any other.
                 self.host.keeper.kill(container, SIGKILL);
-                self.timed_out("was not made")
+                self.timed_out(&self.why_not_made())
             }
         }
     }
@@ -278,6 +278,14 @@ impl Launch {
             stop_signal,
             listens: None,
         })
+    }
+
+    fn why_not_made(&self) -> String {
+        let image = &self.app.container.image;
+        match self.host.images.preparation(image).and_then(|preparation| preparation.why_not()) {
+            Some(why) => format!("was not made: image {image} {why};"),
+            None => "was not made".to_owned(),
+        }
     }
 
     /// A process that ended before its network could be entered has a cause of its own to tell.

@@ -51,6 +51,15 @@ struct Arguments {
     /// Name server of containers that reach the internet; may be given several times. This host's own otherwise.
     #[arg(long, value_name = "ADDRESS")]
     network_dns: Vec<std::net::IpAddr>,
+    /// Most bytes that unpacked images may take, such as 20GiB.
+    #[arg(long, value_name = "SIZE")]
+    image_space: Option<Bytes>,
+    /// User and password for registries: a file as `docker login` writes it.
+    #[arg(long, value_name = "FILE")]
+    registry_auth: Option<PathBuf>,
+    /// A registry that is spoken to without TLS.
+    #[arg(long, value_name = "HOST:PORT")]
+    insecure_registry: Vec<String>,
     /// Group that may reach the socket.
     #[arg(long, default_value_t = GROUP_ID)]
     gid: u32,
@@ -70,12 +79,17 @@ enum Part {
     /// Makes containers and outlives the daemon that started it. Not for people.
     #[command(hide = true)]
     Spawner,
+    /// Fetches an image, without any privilege. Not for people.
+    #[command(hide = true)]
+    Fetch,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    if matches!(arguments.command, Some(Part::Spawner)) {
-        return launcher::spawner::run();
+    match arguments.command {
+        Some(Part::Spawner) => return launcher::spawner::run(),
+        Some(Part::Fetch) => return launcher::fetch::run(),
+        None => {}
     }
     tracing_subscriber::fmt()
         .with_env_filter(
@@ -114,6 +128,9 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
         network_pool: arguments.network_pool,
         network_dns: arguments.network_dns,
         exe: std::env::current_exe()?,
+        image_space: arguments.image_space.map_or(u64::MAX, |space| space.0),
+        registry_auth: arguments.registry_auth,
+        insecure_registries: arguments.insecure_registry,
     };
     let exe = config.exe.clone();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;

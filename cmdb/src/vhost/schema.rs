@@ -59,7 +59,7 @@ pub(super) const KEYS: &[Key] = &[
         "an image",
         "",
         "\"dir:/srv/images/wordpress\"",
-        "`dir:PATH` is a folder that is the root of a file system; `tar:PATH` an archive of one (plain, gzip or zstd), unpacked once. `oci:PATH` is an OCI image layout: a folder, or an archive (plain tar) of one; `oci:PATH:TAG` or `oci:PATH@sha256:DIGEST` picks one of several images in it. A relative path starts at the folder in which `conf.d` lies. The image is never written to; each start uses it as it is then.",
+        "`dir:PATH` is a folder that is the root of a file system; `tar:PATH` an archive of one (plain, gzip or zstd), unpacked once. `oci:PATH` is an OCI image layout: a folder, or an archive (plain tar) of one; `oci:PATH:TAG` or `oci:PATH@sha256:DIGEST` picks one of several images in it. `docker://HOST[:PORT]/NAME[:TAG|@sha256:DIGEST]` is fetched from a registry (`up --registry-auth` for those that ask who you are). `git+https://HOST/REPOSITORY#REVISION:FOLDER:/PLACE` (or `git+file:///PATH#…`) is a folder of a Git repository at a branch, tag or commit, laid at a place in the image; each part after `#` may be left out. Images from elsewhere are fetched ahead of the first start, and looked for anew every ten minutes and at each start. A relative path starts at the folder in which `conf.d` lies. The image is never written to; each start uses it as it is then.",
     ),
     key(
         "container",

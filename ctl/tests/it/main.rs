@@ -27,6 +27,7 @@ mod lifecycle;
 mod network;
 mod oci;
 mod orders;
+mod registry;
 mod scaling;
 mod sleep;
 mod storm;

@@ -182,6 +182,8 @@ pub enum Request {
         /// Only this app.
         app: Option<AppName>,
     },
+    /// Operator: the images of all apps. → stream of [`Reply::Image`], then [`Reply::End`].
+    Images,
     /// Everybody: how the start of an instance went. → [`Reply::WakeTiming`].
     WakeTiming {
         /// Which app.
@@ -225,6 +227,8 @@ pub enum Reply {
         /// How many.
         count: u32,
     },
+    /// One image.
+    Image(ImageStatus),
     /// Done.
     Done,
     /// An app and its record, now or changed.
@@ -399,6 +403,9 @@ pub struct Status {
     pub pids: Option<u64>,
     /// Which image it runs (digest, or folder and time).
     pub image: String,
+    /// Whether the next start uses a newer one.
+    #[serde(default)]
+    pub image_is_old: bool,
     /// What the operator has set in place of the app's vhost file, a phrase each.
     #[serde(default)]
     pub overrides: Vec<String>,
@@ -416,6 +423,29 @@ pub struct Decision {
     pub kind: String,
     /// Evidence, cause and cure, in words.
     pub words: String,
+}
+
+/// One image that an app has.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ImageStatus {
+    /// As the vhost file names it.
+    pub image: String,
+    /// `waiting`, `fetching`, `unpacking`, `ready`, `failed`; `folder` for one that is used where it lies.
+    pub state: String,
+    /// What the next start uses (a digest, or folder and time); empty while there is nothing.
+    pub id: String,
+    /// Bytes that it takes unpacked, with the layers that it shares with others.
+    pub bytes: Option<u64>,
+    /// Bytes that have come of those being fetched.
+    pub fetched: Option<u64>,
+    /// Bytes being fetched; 0 while that is not known.
+    pub to_fetch: Option<u64>,
+    /// The apps that have it.
+    pub apps: Vec<AppName>,
+    /// Why the last preparation failed; empty when it did not.
+    pub error: String,
+    /// ms until it is looked at again.
+    pub next_look_ms: Option<u64>,
 }
 
 /// One event.

@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 
 use super::{End, Launch, Made};
 use crate::{
+    image::Lease,
     keeper::{Created, monotonic_us},
     outbound::LinkPlan,
     output::Capture,
@@ -53,6 +54,8 @@ pub struct Adoption {
     pub tag: Tag,
     /// Dropped when it is supervised again, or is not to be.
     pub under_way: Option<oneshot::Sender<()>>,
+    /// Keeps its image, from before anything looks for images that nobody uses.
+    pub image: Option<Lease>,
 }
 
 /// Tells apart what apps are told to run: a fingerprint of the configuration of container, volumes and network.
@@ -84,7 +87,7 @@ impl Launch {
             sockets,
             trace: Trace::of_earlier(adoption.tag.begun_us),
             _link: adoption.tag.link.map(|plan| self.host.outbound.adopt(plan)),
-            _image: self.host.images.lease(&adoption.tag.image),
+            _image: adoption.image.unwrap_or_else(|| self.host.images.lease(&adoption.tag.image)),
             port: Some(adoption.port),
             stop_signal: adoption.tag.stop_signal,
             listens: Some(adoption.port),

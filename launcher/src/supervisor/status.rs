@@ -46,6 +46,8 @@ impl Supervisor {
         status.pids = group.and_then(|g| g.pids_current().ok());
         status.image.clone_from(&running.image);
         status.decision.clone_from(&self.decision);
+        let current = self.host.images.current(&self.app.container.image);
+        status.image_is_old = !running.image.is_empty() && current.is_some_and(|id| id != running.image);
         status
     }
 }
@@ -74,6 +76,7 @@ pub(crate) fn absent(app: &App, record: Option<&AppRecord>) -> Status {
         image: app.container.image.clone(),
         overrides: Vec::new(),
         decision: None,
+        image_is_old: false,
     }
 }
 
