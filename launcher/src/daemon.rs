@@ -24,6 +24,7 @@ use tokio::{
 use crate::{
     api::{self, Identities},
     cgroup::Cgroups,
+    descent,
     events::Events,
     governor::{Governor, HostGauge},
     host::{Host, Parts},
@@ -36,6 +37,8 @@ use crate::{
     sandbox::ContainerId,
     supervisor::Message,
 };
+
+pub use descent::MemoryWatch;
 
 /// How long the end of all instances may take before the spawner is ended with whatever it still has.
 const END_TIMEOUT: Duration = Duration::from_secs(15);
@@ -63,6 +66,8 @@ pub struct Config {
     pub network_pool: Option<ipnet::Ipv4Net>,
     /// Name servers of containers that reach the internet; empty: this host's.
     pub network_dns: Vec<std::net::IpAddr>,
+    /// When the host's memory is short.
+    pub memory: MemoryWatch,
     /// This program, to be started as the spawner.
     pub exe: PathBuf,
 }
@@ -127,6 +132,8 @@ pub async fn run(config: Config) -> Result<()> {
     for (app, _) in host.store.list().into_iter().filter(|(app, _)| host.keeps_instances(app)) {
         drop(host.supervisor(&app.name));
     }
+
+    tokio::spawn(descent::watch(Arc::clone(&host), config.memory));
 
     let by = tokio::select! {
         _ = terminate.recv() => "SIGTERM",

@@ -30,5 +30,7 @@ mod orders;
 mod scaling;
 mod sleep;
 mod storm;
+
+mod tiers;
 mod usage;
 mod wake;

@@ -187,7 +187,7 @@ async fn states(client: &Client) -> Result<Vec<Status>> {
     client
         .stream(Request::Ps { app: None }, |reply| {
             if let Reply::Status(status) = reply {
-                all.push(status);
+                all.push(*status);
             }
             true
         })

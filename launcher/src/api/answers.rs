@@ -190,7 +190,7 @@ impl Peer {
             let overrides = self.host.overrides.of(&app.name).words();
             for line in lines {
                 let line = Status { overrides: overrides.clone(), ..line };
-                self.send(id, Reply::Status(line)).await?;
+                self.send(id, Reply::Status(Box::new(line))).await?;
             }
         }
         Ok(Reply::End)

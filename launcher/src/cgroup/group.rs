@@ -38,10 +38,10 @@ struct Sleep {
 }
 
 #[derive(Debug)]
-struct Directory {
+pub(super) struct Directory {
     path: PathBuf,
     fd: OwnedFd,
-    version: Version,
+    pub(super) version: Version,
 }
 
 /// Which of the directories does what (indices).
@@ -532,13 +532,17 @@ impl Group {
         }
     }
 
+    pub(super) fn memory_directory(&self) -> Result<&Directory, CgroupError> {
+        self.directory(self.roles.memory, "memory")
+    }
+
     fn directory(&self, index: Option<usize>, controller: &'static str) -> Result<&Directory, CgroupError> {
         index.map(|index| &self.directories[index]).ok_or(CgroupError::Missing(controller))
     }
 }
 
 impl Directory {
-    fn run<T>(
+    pub(super) fn run<T>(
         &self,
         what: &'static str,
         operation: impl FnOnce(BorrowedFd<'_>) -> io::Result<T>,

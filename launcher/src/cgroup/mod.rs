@@ -7,6 +7,7 @@ mod files;
 mod group;
 mod layout;
 mod quota;
+mod reclaim;
 
 use std::io;
 use std::path::{Path, PathBuf};
