@@ -7,12 +7,7 @@ use nix::libc::SIGTERM;
 use serde::{Deserialize, Serialize};
 
 use super::{End, Launch, Made};
-use crate::{
-    keeper::{Created, monotonic_us},
-    outbound::LinkPlan,
-    output::Capture,
-    trace::Trace,
-};
+use crate::{outbound::LinkPlan, output::Capture, trace::Trace};
 
 /// What a daemon writes on a container, to be read by the next one should it die.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -74,13 +69,12 @@ impl Launch {
         if let Err(error) = group.allow_swap(false) {
             tracing::warn!(container = group.name(), %error, "an adopted instance may go on using swap");
         }
-        let pidfd = adoption.pidfd.try_clone().map_err(|e| self.cannot(&e))?;
-        let sockets = self.host.netns.open(pidfd).await.map_err(|e| self.cannot(&e))?;
+        let sockets = self.host.netns.open(adoption.pidfd).await.map_err(|e| self.cannot(&e))?;
         for (stream, read) in ["stdout", "stderr"].into_iter().zip(adoption.outputs) {
             captures.push(self.output.resume(self.generation, stream, read).map_err(|e| self.cannot(&e))?);
         }
         Ok(Made {
-            created: Created { pid: adoption.pid, pidfd: adoption.pidfd, at_us: monotonic_us() },
+            pid: adoption.pid,
             group: Arc::new(group),
             sockets,
             trace: Trace::of_earlier(adoption.tag.begun_us),
