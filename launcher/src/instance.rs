@@ -167,7 +167,9 @@ impl Launch {
         events: &mut mpsc::UnboundedReceiver<KeeperEvent>,
     ) -> End {
         let deadline = Instant::now() + self.app.lifecycle.start_timeout;
-        match tokio::time::timeout_at(deadline, self.make(trace, captures, events)).await {
+        // Boxed: an instance lives long after it was made, and what making it needs is to be free by then.
+        let making = Box::pin(self.make(trace, captures, events));
+        match tokio::time::timeout_at(deadline, making).await {
             Ok(Ok(made)) => self.live(made, events, deadline).await,
             Ok(Err(end)) => end,
             Err(_) => {

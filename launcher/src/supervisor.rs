@@ -173,12 +173,13 @@ impl Supervisor {
             let deadline = self.next_duty();
             tokio::select! {
                 message = self.inbox.recv() => match message {
-                    Some(message) => self.handle(message).await,
+                    // Boxed, as what follows: thousands of supervisors wait here, and need no room for what they will do.
+                    Some(message) => Box::pin(self.handle(message)).await,
                     None => break, // cannot be: `own` is a sender
                 },
                 () = tokio::time::sleep_until(deadline) => {}
             }
-            self.do_duties().await;
+            Box::pin(self.do_duties()).await;
         }
         self.answer_stoppers();
         self.inbox.close();
