@@ -89,6 +89,9 @@ pub struct Lifecycle {
     pub start_timeout: Duration,
     /// Idle time until the instance is frozen; `None`: never.
     pub freeze_after: Option<Duration>,
+    /// Idle time until a frozen instance's memory is reclaimed; `None`: only when the host's memory gets short.
+    #[serde(default)]
+    pub reclaim_after: Option<Duration>,
     /// Idle time until the instance ends; `None`: never.
     pub idle_timeout: Option<Duration>,
     /// Age at which an instance is replaced; `None`: never.

@@ -149,6 +149,17 @@ pub(crate) struct Up {
     /// A registry that is spoken to without TLS (those of the loopback are anyway); may be given several times
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) insecure_registry: Vec<String>,
+    /// Memory that is to stay available, such as 2GiB; below it idle apps are frozen, reclaimed and at last stopped. By default a
+    /// tenth of the host's
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory_low: Option<Bytes>,
+    /// Per cent of the time in which something waits for memory that count as short, while less than three times --memory-low
+    /// is available
+    #[arg(long, value_name = "PERCENT", default_value_t = 10, value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub(crate) memory_stall: u8,
+    /// Read instead of /proc/meminfo; for tests
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub(crate) meminfo: Option<PathBuf>,
 }
 
 const CHECK: &str = "\

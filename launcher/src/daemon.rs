@@ -24,6 +24,7 @@ use tokio::{
 use crate::{
     api::{self, Identities},
     cgroup::Cgroups,
+    descent,
     events::Events,
     governor::{Governor, HostGauge},
     host::{Host, Parts},
@@ -36,6 +37,8 @@ use crate::{
     sandbox::ContainerId,
     supervisor::Message,
 };
+
+pub use descent::MemoryWatch;
 
 /// How long the end of all instances may take before the spawner is ended with whatever it still has.
 const END_TIMEOUT: Duration = Duration::from_secs(15);
@@ -65,6 +68,8 @@ pub struct Config {
     pub network_pool: Option<ipnet::Ipv4Net>,
     /// Name servers of containers that reach the internet; empty: this host's.
     pub network_dns: Vec<std::net::IpAddr>,
+    /// When the host's memory is short.
+    pub memory: MemoryWatch,
     /// This program, to be started as the spawner.
     pub exe: PathBuf,
     /// Bytes that all images together may take.
@@ -148,6 +153,7 @@ pub async fn run(config: Config) -> Result<Ended> {
     }
 
     let preparation = tokio::spawn(crate::preparation::run(Arc::clone(&host)));
+    tokio::spawn(descent::watch(Arc::clone(&host), config.memory));
 
     let by = tokio::select! {
         _ = terminate.recv() => "SIGTERM",

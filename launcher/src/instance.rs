@@ -17,7 +17,7 @@ use crate::{
     governor::{Slot, Why},
     host::{Host, lock},
     image::Lease,
-    keeper::{Created, Exit, KeeperError, KeeperEvent, Listening},
+    keeper::{Exit, KeeperError, KeeperEvent, Listening},
     network::NetSockets,
     outbound::Link,
     output::{Capture, Output},
@@ -128,7 +128,7 @@ pub struct Launch {
 
 /// A container whose process exists.
 struct Made {
-    created: Created,
+    pid: i32,
     group: Arc<Group>,
     sockets: NetSockets,
     trace: Trace,
@@ -167,7 +167,9 @@ impl Launch {
         events: &mut mpsc::UnboundedReceiver<KeeperEvent>,
     ) -> End {
         let deadline = Instant::now() + self.app.lifecycle.start_timeout;
-        match tokio::time::timeout_at(deadline, self.make(trace, captures, events)).await {
+        // Boxed: an instance lives long after it was made, and what making it needs is to be free by then.
+        let making = Box::pin(self.make(trace, captures, events));
+        match tokio::time::timeout_at(deadline, making).await {
             Ok(Ok(made)) => self.live(made, events, deadline).await,
             Ok(Err(end)) => end,
             Err(_) => {
@@ -248,8 +250,7 @@ impl Launch {
 
         let group = Arc::new(group);
         let pid = created.pid;
-        let pidfd = created.pidfd.try_clone().map_err(|e| self.cannot(&e))?;
-        let sockets = match self.host.netns.open(pidfd).await {
+        let sockets = match self.host.netns.open(created.pidfd).await {
             Ok(sockets) => sockets,
             Err(error) => {
                 self.host.keeper.kill(&container, SIGKILL);
@@ -268,7 +269,7 @@ impl Launch {
             }
         }
         Ok(Made {
-            created,
+            pid,
             group,
             sockets,
             trace,
@@ -376,7 +377,7 @@ impl Launch {
                     }
                 }
                 wish = self.control.recv(), if kill_at.is_none() => match wish {
-                    Some(Control::Terminate(grace)) if handles(made.created.pid, made.stop_signal) => {
+                    Some(Control::Terminate(grace)) if handles(made.pid, made.stop_signal) => {
                         self.host.keeper.kill(&container, made.stop_signal);
                         kill_at = Some(Instant::now() + grace);
                     }
@@ -404,7 +405,7 @@ impl Launch {
     fn publish(&self, made: &Made, port: u16, timing: WakeTiming) {
         let live = Arc::new(Live {
             id: self.id(),
-            pid: made.created.pid,
+            pid: made.pid,
             group: Arc::clone(&made.group),
             sockets: made.sockets.clone(),
             port,

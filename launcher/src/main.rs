@@ -60,6 +60,8 @@ struct Arguments {
     /// A registry that is spoken to without TLS.
     #[arg(long, value_name = "HOST:PORT")]
     insecure_registry: Vec<String>,
+    #[command(flatten)]
+    memory: Memory,
     /// Group that may reach the socket.
     #[arg(long, default_value_t = GROUP_ID)]
     gid: u32,
@@ -74,6 +76,24 @@ struct Arguments {
     die_with_parent: bool,
 }
 
+/// When the host's memory is short, so that idle apps are put to a deeper sleep.
+#[derive(Debug, clap::Args)]
+struct Memory {
+    /// Memory that is to stay available, such as 1GiB; by default a tenth of the host's.
+    #[arg(long, value_name = "SIZE")]
+    memory_low: Option<Bytes>,
+    /// Time in which something waits for memory that is too much, per cent; counts only while less than three times
+    /// --memory-low is available.
+    #[arg(long, value_name = "PERCENT", default_value_t = 10)]
+    memory_stall: u8,
+    /// Read instead of /proc/meminfo. For tests.
+    #[arg(long, hide = true, default_value = "/proc/meminfo")]
+    meminfo: PathBuf,
+    /// Read instead of /proc/pressure/memory. For tests.
+    #[arg(long, hide = true, default_value = "/proc/pressure/memory")]
+    memory_pressure: PathBuf,
+}
+
 #[derive(Debug, Subcommand)]
 enum Part {
     /// Makes containers and outlives the daemon that started it. Not for people.
@@ -82,6 +102,12 @@ enum Part {
     /// Fetches an image, without any privilege. Not for people.
     #[command(hide = true)]
     Fetch,
+    /// Has the kernel reclaim memory: writes `ORDER` to its standard output, which takes as long as the work. Not for people.
+    #[command(hide = true)]
+    Reclaim {
+        /// What to write.
+        order: String,
+    },
 }
 
 fn main() -> ExitCode {
@@ -89,6 +115,7 @@ fn main() -> ExitCode {
     match arguments.command {
         Some(Part::Spawner) => return launcher::spawner::run(),
         Some(Part::Fetch) => return launcher::fetch::run(),
+        Some(Part::Reclaim { order }) => return launcher::reclaim::run(&order),
         None => {}
     }
     tracing_subscriber::fmt()
@@ -127,6 +154,12 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
         keep_free: arguments.keep_free.map(|bytes| bytes.0),
         network_pool: arguments.network_pool,
         network_dns: arguments.network_dns,
+        memory: daemon::MemoryWatch {
+            low: arguments.memory.memory_low.map(|bytes| bytes.0),
+            stalled: u32::from(arguments.memory.memory_stall) * 10,
+            meminfo: arguments.memory.meminfo,
+            pressure: arguments.memory.memory_pressure,
+        },
         exe: std::env::current_exe()?,
         image_space: arguments.image_space.map_or(u64::MAX, |space| space.0),
         registry_auth: arguments.registry_auth,

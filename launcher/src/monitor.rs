@@ -175,12 +175,12 @@ impl HostSample {
     }
 }
 
-fn per_mille(part: u64, whole: u64) -> u32 {
+pub(crate) fn per_mille(part: u64, whole: u64) -> u32 {
     let share = part.saturating_mul(1_000).checked_div(whole).unwrap_or(0);
     u32::try_from(share.min(1_000)).unwrap_or(1_000)
 }
 
-fn stalled_us(pressure: &str) -> u64 {
+pub(crate) fn stalled_us(pressure: &str) -> u64 {
     let some = pressure.lines().find(|line| line.starts_with("some")).unwrap_or_default();
     some.rsplit("total=").next().and_then(|total| total.trim().parse().ok()).unwrap_or(0)
 }

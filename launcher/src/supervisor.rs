@@ -11,6 +11,7 @@ mod room;
 mod running;
 mod scaling;
 mod status;
+mod tiers;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -28,6 +29,8 @@ use crate::{
     host::Host,
     instance::{Adoption, Launch, Live, Note, name},
     output::Output,
+    reclaim::Reclaimed,
+    tiers::{Candidate, Tier, WakeCosts},
 };
 use running::{Running, Stage};
 use scaling::Scaling;
@@ -75,6 +78,12 @@ pub enum Message {
     Status(oneshot::Sender<Vec<Status>>),
     /// The last lines of output.
     Logs(usize, oneshot::Sender<Vec<LogLine>>),
+    /// What could sleep more deeply, for when memory is short.
+    Candidates(oneshot::Sender<Vec<Candidate>>),
+    /// Memory is short: that instance is to go down to this tier, and why.
+    Descend(Generation, Tier, String),
+    /// A frozen instance's memory has been taken back, and why; or why not.
+    Reclaimed(Generation, Result<Reclaimed, String>, String),
     /// How a start went.
     Timing(Generation, oneshot::Sender<Option<WakeTiming>>),
     /// The launcher ends: end every instance; answered when they are gone.
@@ -124,6 +133,8 @@ pub struct Supervisor {
     scaling: Scaling,
     /// What was last decided about the scaling.
     decision: Option<Decision>,
+    /// What waking this app takes.
+    costs: WakeCosts,
     removed: bool,
     ending: bool,
 }
@@ -148,6 +159,7 @@ impl Supervisor {
             retry_at: None,
             scaling: Scaling::new(),
             decision: None,
+            costs: WakeCosts::default(),
             removed: false,
             ending: false,
         };
@@ -161,12 +173,13 @@ impl Supervisor {
             let deadline = self.next_duty();
             tokio::select! {
                 message = self.inbox.recv() => match message {
-                    Some(message) => self.handle(message).await,
+                    // Boxed, as what follows: thousands of supervisors wait here, and need no room for what they will do.
+                    Some(message) => Box::pin(self.handle(message)).await,
                     None => break, // cannot be: `own` is a sender
                 },
                 () = tokio::time::sleep_until(deadline) => {}
             }
-            self.do_duties().await;
+            Box::pin(self.do_duties()).await;
         }
         self.answer_stoppers();
         self.inbox.close();
@@ -217,6 +230,9 @@ impl Supervisor {
             Message::Restart => self.replace_all("restarted by the operator"),
             Message::Status(reply) => drop(reply.send(self.status())),
             Message::Logs(count, reply) => drop(reply.send(self.output.last(count))),
+            Message::Candidates(reply) => drop(reply.send(self.candidates())),
+            Message::Descend(generation, to, why) => self.descend(generation, to, &why).await,
+            Message::Reclaimed(generation, result, why) => self.reclaimed(generation, result, &why),
             Message::Timing(generation, reply) => {
                 let found = self.timings.iter().find(|(g, _)| *g == generation).map(|(_, t)| t.clone());
                 drop(reply.send(found));
@@ -334,6 +350,7 @@ impl Supervisor {
         }
         if let Some(running) = self.running.get_mut(&generation) {
             running.ready(Arc::clone(&live), timing.clone());
+            running.woke = Some((Tier::Stopped, timing.total_us));
         }
         let took = Duration::from_micros(timing.total_us);
         let message = format!("{} listens on port {} after {took:.1?}", live.id, live.port);

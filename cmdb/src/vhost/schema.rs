@@ -185,6 +185,14 @@ pub(super) const KEYS: &[Key] = &[
     ),
     key(
         "lifecycle",
+        "reclaim-after",
+        "a duration or \"never\"",
+        "\"never\"",
+        "\"5m\"",
+        "Idle time after which a frozen instance's memory is reclaimed: to swap where the host has some, otherwise only what can be read again from files. The next request thaws it as always and pays for what it touches. Not shorter than `freeze-after`. When the host's memory gets short this happens by itself.",
+    ),
+    key(
+        "lifecycle",
         "idle-timeout",
         "a duration or \"never\"",
         "\"10m\"",

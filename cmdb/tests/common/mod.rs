@@ -35,6 +35,7 @@ pub(crate) fn app(name: &str, host: &str) -> App {
         lifecycle: Lifecycle {
             start_timeout: Duration::from_secs(20),
             freeze_after: None,
+            reclaim_after: None,
             idle_timeout: None,
             lifetime: None,
             drain_timeout: Duration::from_secs(30),

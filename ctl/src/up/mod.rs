@@ -141,6 +141,13 @@ async fn start(
     for registry in &options.insecure_registry {
         args.extend(["--insecure-registry".into(), registry.into()]);
     }
+    if let Some(low) = options.memory_low {
+        args.extend(["--memory-low".into(), low.0.to_string().into()]);
+    }
+    args.extend(["--memory-stall".into(), options.memory_stall.to_string().into()]);
+    if let Some(meminfo) = &options.meminfo {
+        args.extend(["--meminfo".into(), meminfo.into()]);
+    }
     let grace = Duration::from_secs(40);
     kept.push(Service { name: LAUNCHER, program: launcher.clone(), args, grace }.keep());
     let socket = state.launcher_socket();

@@ -31,6 +31,8 @@ mod registry;
 mod scaling;
 mod sleep;
 mod storm;
+
+mod tiers;
 mod usage;
 mod volumes;
 mod wake;

@@ -399,6 +399,12 @@ pub struct Status {
     pub memory_bytes: Option<u64>,
     /// Memory limit, bytes.
     pub memory_limit: Option<u64>,
+    /// Memory of it that is in swap, bytes.
+    #[serde(default)]
+    pub swap_bytes: Option<u64>,
+    /// It is frozen, and its memory has been taken back as far as possible.
+    #[serde(default)]
+    pub reclaimed: bool,
     /// Processes and threads.
     pub pids: Option<u64>,
     /// Which image it runs (digest, or folder and time).

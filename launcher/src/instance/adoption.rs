@@ -76,13 +76,16 @@ impl Launch {
         let group = self.host.cgroups.open(&self.container()).map_err(|e| self.cannot(&e))?;
         // It may have been asleep when its daemon died; the next idle time freezes it again.
         group.thaw().map_err(|e| self.cannot(&e))?;
-        let pidfd = adoption.pidfd.try_clone().map_err(|e| self.cannot(&e))?;
-        let sockets = self.host.netns.open(pidfd).await.map_err(|e| self.cannot(&e))?;
+        // Its memory may have been on its way to swap when its daemon died; the worker has died with it.
+        if let Err(error) = group.allow_swap(false) {
+            tracing::warn!(container = group.name(), %error, "an adopted instance may go on using swap");
+        }
+        let sockets = self.host.netns.open(adoption.pidfd).await.map_err(|e| self.cannot(&e))?;
         for (stream, read) in ["stdout", "stderr"].into_iter().zip(adoption.outputs) {
             captures.push(self.output.resume(self.generation, stream, read).map_err(|e| self.cannot(&e))?);
         }
         Ok(Made {
-            created: Created { pid: adoption.pid, pidfd: adoption.pidfd, at_us: monotonic_us() },
+            pid: adoption.pid,
             group: Arc::new(group),
             sockets,
             trace: Trace::of_earlier(adoption.tag.begun_us),

@@ -248,6 +248,7 @@ impl Supervisor {
         if let Some(running) = self.running.get_mut(&activity.generation) {
             running.report(watcher, activity);
             self.look_sooner(activity);
+            self.learn_from(activity);
         }
     }
 
@@ -351,7 +352,7 @@ impl Supervisor {
         u32::try_from(self.running.values().filter(|r| !r.is_ending()).count()).unwrap_or(u32::MAX)
     }
 
-    fn minimum(&self) -> u32 {
+    pub(super) fn minimum(&self) -> u32 {
         if self.removed || self.ending { 0 } else { self.app.scale.min }
     }
 

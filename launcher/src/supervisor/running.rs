@@ -18,7 +18,10 @@ use crate::{
     governor::Slot,
     instance::{Control, Live},
     monitor::Monitor,
+    tiers::Tier,
 };
+
+use super::tiers::Reclaim;
 
 /// A proxy's figures are about the last second, and say nothing about the one after.
 const REPORTS_HOLD: Duration = Duration::from_secs(1);
@@ -56,6 +59,10 @@ pub(super) struct Running {
     pub(super) quota_applied: bool,
     /// Whether it sleeps while it is ready.
     pub(super) rest: Rest,
+    /// What has become of its memory while it is frozen.
+    pub(super) reclaim: Reclaim,
+    /// The tier from which it was woken last, and how long that took, µs, until its first byte completes the figure.
+    pub(super) woke: Option<(Tier, u64)>,
     /// Whether a proxy's suspicion is being looked into.
     pub(super) examined: bool,
     adopted: bool,
@@ -142,6 +149,8 @@ impl Running {
             quota_applied: false,
             examined: false,
             rest: Rest::Awake,
+            reclaim: Reclaim::No,
+            woke: None,
             adopted: false,
             adoption: None,
             monitor: Monitor::default(),
@@ -237,6 +246,9 @@ impl Running {
 
     /// Lets it run again, if it was frozen.
     pub(super) fn thaw(&mut self) {
+        if let Reclaim::UnderWay(task) = std::mem::take(&mut self.reclaim) {
+            task.abort();
+        }
         if std::mem::take(&mut self.rest) == Rest::Frozen
             && let Some(group) = &self.group
             && let Err(error) = group.thaw()

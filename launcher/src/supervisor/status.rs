@@ -42,6 +42,8 @@ impl Supervisor {
         status.cpu_us = group.and_then(|g| g.cpu_stat().ok()).map(|s| s.usage_us);
         status.cpu_limit = self.quota().filter(|_| running.quota_applied);
         status.memory_bytes = memory.map(|m| m.current);
+        status.reclaimed = running.is_reclaimed();
+        status.swap_bytes = group.and_then(crate::cgroup::Group::swap);
         status.memory_limit = memory.and_then(|m| m.limit);
         status.pids = group.and_then(|g| g.pids_current().ok());
         status.image.clone_from(&running.image);
@@ -72,6 +74,8 @@ pub(crate) fn absent(app: &App, record: Option<&AppRecord>) -> Status {
         cpu_limit: None,
         memory_bytes: None,
         memory_limit: None,
+        swap_bytes: None,
+        reclaimed: false,
         pids: None,
         image: app.container.image.clone(),
         overrides: Vec::new(),

@@ -304,6 +304,7 @@ pub fn app(app: &str) -> App {
         lifecycle: Lifecycle {
             start_timeout: Duration::from_secs(10),
             freeze_after: None,
+            reclaim_after: None,
             idle_timeout: None,
             lifetime: None,
             drain_timeout: Duration::from_secs(10),
