@@ -392,7 +392,7 @@ impl Launch {
                     if kill_at.is_none() {
                         failure = Some(match runs {
                             true => self.timed_out("does not listen"),
-                            false => self.not_made_in_time(made.created.pid),
+                            false => self.not_made_in_time(made.pid),
                         });
                     }
                     self.host.keeper.kill(&container, SIGKILL);

@@ -12,11 +12,7 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 
-use crate::{
-    host::Host,
-    http::get,
-    vhost::images,
-};
+use crate::{host::Host, http::get, vhost::images};
 
 /// Debian's shell does `first` as `user`, then becomes the probe, which lies in the volume.
 fn debian(name: &str, source: &str, user: &str, first: &str, more: &str) -> (String, Vec<u8>) {

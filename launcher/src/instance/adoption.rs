@@ -8,13 +8,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use super::{End, Launch, Made};
-use crate::{
-    image::Lease,
-    keeper::{Created, monotonic_us},
-    outbound::LinkPlan,
-    output::Capture,
-    trace::Trace,
-};
+use crate::{image::Lease, outbound::LinkPlan, output::Capture, trace::Trace};
 
 /// What a daemon writes on a container, to be read by the next one should it die.
 #[derive(Clone, Debug, Deserialize, Serialize)]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use launcher::image::{Bounds, ImageStore};
+use launcher::image::{Bounds, ImageStore, Options};
 use proptest::test_runner::TestRunner;
 
 use crate::damage::{cases, corpus, damaged};
@@ -47,7 +47,9 @@ fn unpacking_in_a_confined_view() {
     let unpack = |bytes: Vec<u8>| {
         let (begun, images) = (Instant::now(), Path::new("/tmp/work/images"));
         fs::create_dir_all(images).unwrap();
-        let store = ImageStore::with_bounds(images, BOUNDS).unwrap();
+        // Nothing is fetched here, so the folder for that need not be another one.
+        let options = Options { bounds: BOUNDS, ..Options::new("/nonexistent".into(), images.to_owned()) };
+        let store = ImageStore::new(images, options).unwrap();
         fs::write("/tmp/work/image.tar", bytes).unwrap();
         let unpacked = runtime.block_on(store.resolve("tar:/tmp/work/image.tar"));
         assert_eq!(tree(Path::new("/tmp/host")), before);
