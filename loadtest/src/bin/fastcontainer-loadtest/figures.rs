@@ -195,5 +195,24 @@ fn by_load(run: &Recorded) -> Vec<(String, [f64; 3])> {
         mean(times.iter().copied())?;
         Some([0.5, 0.9, 0.99].map(|share| quantile(&times, share).unwrap_or(0.0)))
     };
-    names.into_iter().filter_map(|name| Some((name.to_owned(), quantiles(name)?))).collect()
+    // Where other loads come while the first one goes on: how it fares before, and meanwhile.
+    let disturbed = names.get(1..).unwrap_or_default().iter().flat_map(|other| {
+        let app = subject(run);
+        let spans: Vec<_> =
+            run.loads.iter().filter(|l| l.name == *other).map(|l| (l.from_ms, l.to_ms)).collect();
+        let begin = spans.iter().map(|(from, _)| *from).fold(f64::INFINITY, f64::min);
+        let of = |times: Vec<f64>| [0.5, 0.9, 0.99].map(|share| quantile(&times, share).unwrap_or(0.0));
+        let meets = |r: &&Request| {
+            spans.iter().any(|(from, to)| r.end_ms() - r.total_ms() < *to && r.end_ms() > *from)
+        };
+        let before: Vec<f64> =
+            run.requests_of(app).filter(|r| r.end_ms() < begin).map(Request::total_ms).collect();
+        let meanwhile: Vec<f64> = run.requests_of(app).filter(meets).map(Request::total_ms).collect();
+        let is_disturbed = names.first() != Some(other) && !before.is_empty();
+        let both =
+            [(format!("{app} before {other}"), of(before)), (format!("{app} during {other}"), of(meanwhile))];
+        both.into_iter().filter(move |_| is_disturbed)
+    });
+    let disturbed: Vec<_> = disturbed.collect();
+    names.into_iter().filter_map(|name| Some((name.to_owned(), quantiles(name)?))).chain(disturbed).collect()
 }

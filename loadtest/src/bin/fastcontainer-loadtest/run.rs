@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// More apps than this are looked at less often.
-const MANY_APPS: usize = 4;
+const MANY_APPS: usize = 8;
 
 /// All that was seen of a run. Moments are ms since 1970.
 #[derive(Debug)]

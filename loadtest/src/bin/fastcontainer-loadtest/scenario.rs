@@ -121,7 +121,9 @@ pub(crate) struct LoadPlan {
     pub(crate) path: String,
     /// Connections at a time.
     #[serde(default = "one")]
-    pub(crate) clients: u32,
+    pub(crate) clients: Amount,
+    /// wrk: so long each client waits before its next request.
+    pub(crate) think_ms: Option<u32>,
     /// ab: how many in all.
     pub(crate) requests: Option<Amount>,
     /// wrk and ab: for how long.
@@ -198,8 +200,8 @@ fn slash() -> String {
     "/".to_owned()
 }
 
-fn one() -> u32 {
-    1
+fn one() -> Amount {
+    Amount::Same(1.0)
 }
 
 /// An app as it is put into `conf.d`.
