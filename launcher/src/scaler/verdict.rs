@@ -3,7 +3,7 @@
 use super::{Evidence, FEW, Policy};
 
 /// So long the load must have lasted for its responses to be counted, ms.
-const FULL_WINDOW_MS: u64 = 1_000;
+pub(super) const FULL_WINDOW_MS: u64 = 1_000;
 
 /// What came of a step.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

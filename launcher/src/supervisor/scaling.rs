@@ -219,7 +219,7 @@ impl Supervisor {
         self.scaling.history.stepped(cure, evidence, policy);
         let Some(kind) = Kind::of(cure).filter(|kind| *kind != Kind::Back) else { return };
         let judged_at = added.is_none().then(|| Instant::now() + JUDGED_AFTER);
-        let before = Evidence { responses: self.scaling.history.most_responses(), ..*evidence };
+        let before = self.scaling.history.before(evidence);
         self.scaling.trial = Some(Trial { kind, before, added, judged_at });
     }
 
