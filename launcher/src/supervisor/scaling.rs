@@ -14,7 +14,7 @@ use crate::{
     clock::unix_ms,
     instance::name,
     monitor,
-    scaler::{self, Cause, Cure, Evidence, FEW, History, Kind, Policy, Verdict, cores},
+    scaler::{self, Cause, Cure, Evidence, FEW, HOST_FULL, History, Kind, Policy, Verdict, cores},
 };
 
 /// How often an active app is looked at.
@@ -179,7 +179,8 @@ impl Supervisor {
             let cpu = running.monitor.cpu();
             evidence.used = evidence.used.saturating_add(cpu.used);
             // Where the kernel does not tell, a full host is taken to be felt.
-            evidence.cpu_stalled = evidence.cpu_stalled.max(cpu.stalled.unwrap_or(1_000));
+            let unknown = if load.busy >= HOST_FULL { 1_000 } else { 0 };
+            evidence.cpu_stalled = evidence.cpu_stalled.max(cpu.stalled.unwrap_or(unknown));
             // Until its first byte an instance has no quota: what it does then is no pressure.
             if running.quota_applied {
                 evidence.quota = quota;

@@ -34,6 +34,8 @@ pub(crate) struct Recorded {
     /// The proxy's access log, by the end of each request.
     pub(crate) requests: Vec<Request>,
     pub(crate) events: Vec<Event>,
+    /// What FastContainer logged.
+    pub(crate) log: String,
     /// From the begin until the end of the settling.
     pub(crate) kernel: Vec<Sight>,
 }
@@ -87,7 +89,7 @@ pub(crate) fn is_meant(pattern: &str, app: &str) -> bool {
 
 /// Makes the run.
 pub(crate) fn make(scenario: &Scenario, plan: &RunPlan, place: Place<'_>) -> anyhow::Result<Recorded> {
-    let apps = scenario.apps_of(plan, place.long, place.root);
+    let apps = scenario.apps_of(Some(plan), place.long, place.root);
     let host = Host::up(place.programs, &apps, &plan.up)?;
     // The quota of a warm app comes with its first byte; what it did before is no part of the run.
     std::thread::sleep(Duration::from_millis(300));
@@ -133,6 +135,7 @@ pub(crate) fn make(scenario: &Scenario, plan: &RunPlan, place: Place<'_>) -> any
     let mut requests = host.requests()?.split_off(before);
     requests.sort_by(|one, other| one.end_ms().total_cmp(&other.end_ms()));
     let events = host.events()?;
+    let log = host.log();
     host.end()?;
     Ok(Recorded {
         name: plan.name.clone(),
@@ -144,6 +147,7 @@ pub(crate) fn make(scenario: &Scenario, plan: &RunPlan, place: Place<'_>) -> any
         changes,
         requests,
         events,
+        log,
         kernel,
     })
 }

@@ -149,7 +149,13 @@ fn ab_times(tsv: &str) -> Vec<f64> {
     tsv.lines().skip(1).filter_map(|line| line.split('\t').nth(4)?.trim().parse().ok()).collect()
 }
 
-fn wrk(target: &Target, clients: u32, seconds: f64, script: Option<&Path>) -> anyhow::Result<Told> {
+/// One load by wrk; `script` is in Lua.
+pub(crate) fn wrk(
+    target: &Target,
+    clients: u32,
+    seconds: f64,
+    script: Option<&Path>,
+) -> anyhow::Result<Told> {
     let mut command = Command::new("wrk");
     command.args(["-t1", &format!("-c{clients}"), &format!("-d{seconds}s"), "--timeout", "30s", "--latency"]);
     command.args(["-H", &format!("Host: {}", target.host)]);
