@@ -13,7 +13,6 @@ use super::{
 use crate::{
     clock::unix_ms,
     instance::name,
-    monitor,
     scaler::{self, Cause, Cure, Evidence, FEW, HOST_FULL, History, Kind, Policy, Verdict, cores},
 };
 
@@ -114,6 +113,7 @@ impl Supervisor {
         }
         (self.scaling.looked, self.scaling.next) = (now, now + LOOK_EVERY);
         let policy = Policy::of(&self.app);
+        self.watch_backlogs().await;
         let (evidence, slowest) = self.evidence(now);
         self.scaling.history.observe(&evidence, &policy);
         self.judge(&evidence, &policy, now).await;
@@ -148,6 +148,19 @@ impl Supervisor {
         self.emit(kind, about, words);
     }
 
+    /// Each instance that serves has its listen queue watched. Without it, a lack of workers is not seen.
+    async fn watch_backlogs(&mut self) {
+        for running in self.running.values_mut() {
+            let Some((live, _)) = running.live().filter(|_| running.backlog.is_none()) else { continue };
+            let made = live.sockets.backlog(live.port).await;
+            let made = made.and_then(|backlog| backlog.length().map(|_| backlog));
+            if let Err(error) = &made {
+                tracing::warn!(instance = %live.id, %error, "the length of its listen queue is not known");
+            }
+            running.backlog = Some(made);
+        }
+    }
+
     fn evidence(&mut self, now: Instant) -> (Evidence, Generation) {
         let load = self.host.meter.load(now.into_std());
         let mut slowest = self.running.last_key_value().map_or(Generation(0), |(generation, _)| *generation);
@@ -164,7 +177,9 @@ impl Supervisor {
         for (generation, running) in &mut self.running {
             let Some((live, _)) = running.live().filter(|_| running.rest == Rest::Awake) else { continue };
             evidence.in_flight += running.in_flight();
-            evidence.backlog += monitor::listen_queue(live.pid, live.port);
+            if let Some(Ok(backlog)) = &running.backlog {
+                evidence.backlog += backlog.length().unwrap_or(0);
+            }
             for (watcher, activity) in running.recent_reports() {
                 // Every report of an app's instances tells of the same queue.
                 let most = held.entry(watcher).or_insert(0);

@@ -13,6 +13,9 @@ use crate::{
 /// Runs that last longer are drawn second by second, shorter ones in more detail.
 const LONG_RUN_S: f64 = 60.0;
 
+/// Nothing measured for so long is a gap in the curve.
+const GAP_S: f64 = 2.5;
+
 /// All pictures of a scenario.
 pub(crate) fn draw(scenario: &Scenario, runs: &[Recorded]) -> anyhow::Result<Vec<Picture>> {
     let mut pictures = Vec::new();
@@ -101,7 +104,7 @@ fn of_paper(paper: &Paper) -> Sheet {
 fn steps(scenario: &Scenario, run: &Recorded) -> Sheet {
     let app = subject(run);
     let seconds = |at_ms: f64| (at_ms - run.began_ms) / 1_000.0;
-    let end = run.kernel.last().map_or(run.loaded_until_ms, |sight| sight.at_ms.max(run.loaded_until_ms));
+    let end = run.watched_until_ms;
     let x_range = Some((0.0, seconds(end).max(1.0)));
     let spans: Vec<(f64, f64)> = run
         .loads
@@ -123,7 +126,7 @@ fn steps(scenario: &Scenario, run: &Recorded) -> Sheet {
         y_name: "response time, ms".into(),
         height: 240,
         x_range,
-        curves: vec![line(1, curve(run, app, width), false)],
+        curves: pieces(curve(run, app, width)).into_iter().map(|points| line(1, points, false)).collect(),
         marks: marks.collect(),
         spans: spans.clone(),
         ..Panel::default()
@@ -158,6 +161,18 @@ fn steps(scenario: &Scenario, run: &Recorded) -> Sheet {
             panel("quota, % of a core", 10.0, quota, 4, "seconds since the begin; grey: load"),
         ],
     }
+}
+
+/// A curve without the stretches over which nothing was measured.
+fn pieces(points: Vec<(f64, f64)>) -> Vec<Vec<(f64, f64)>> {
+    let mut pieces: Vec<Vec<(f64, f64)>> = Vec::new();
+    for point in points {
+        match pieces.last_mut() {
+            Some(piece) if piece.last().is_some_and(|(at, _)| point.0 - at < GAP_S) => piece.push(point),
+            _ => pieces.push(vec![point]),
+        }
+    }
+    pieces
 }
 
 fn latencies(title: &str, runs: &[Recorded]) -> Sheet {

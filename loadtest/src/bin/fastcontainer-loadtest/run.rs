@@ -26,8 +26,8 @@ pub(crate) struct Recorded {
     pub(crate) about: String,
     /// When the first load could begin.
     pub(crate) began_ms: f64,
-    /// When the last load was over.
-    pub(crate) loaded_until_ms: f64,
+    /// The end of the settling.
+    pub(crate) watched_until_ms: f64,
     pub(crate) apps: Vec<App>,
     pub(crate) loads: Vec<Loaded>,
     pub(crate) changes: Vec<(f64, String)>,
@@ -120,7 +120,6 @@ pub(crate) fn make(scenario: &Scenario, plan: &RunPlan, place: Place<'_>) -> any
         over.store(true, Relaxed);
         (loads, changes.join())
     });
-    let loaded_until_ms = now_ms();
     let loads =
         loads.into_iter().collect::<Result<anyhow::Result<Vec<_>>, _>>()??.into_iter().flatten().collect();
     let changes = changes.map_err(|_| anyhow::anyhow!("the changes died"))??;
@@ -132,6 +131,7 @@ pub(crate) fn make(scenario: &Scenario, plan: &RunPlan, place: Place<'_>) -> any
             .max(Duration::from_millis(200)),
     );
     let kernel = watch.end();
+    let watched_until_ms = now_ms();
     let mut requests = host.requests()?.split_off(before);
     requests.sort_by(|one, other| one.end_ms().total_cmp(&other.end_ms()));
     let events = host.events()?;
@@ -141,7 +141,7 @@ pub(crate) fn make(scenario: &Scenario, plan: &RunPlan, place: Place<'_>) -> any
         name: plan.name.clone(),
         about: plan.about.clone(),
         began_ms,
-        loaded_until_ms,
+        watched_until_ms,
         apps,
         loads,
         changes,
