@@ -124,6 +124,8 @@ fn a_verdict_needs_load_and_a_difference() {
     assert_eq!(judge(&early, &Evidence { responses: 90, ..before }, &POLICY), Verdict::InVain);
     assert_eq!(judge(&early, &Evidence { used: 500, ..before }, &POLICY), Verdict::Helped);
     assert_eq!(judge(&before, &Evidence { in_flight: 1, ..before }, &POLICY), Verdict::Unknown);
+    let starved = Evidence { throttled: 0, cpu_stalled: 700, ..before };
+    assert_eq!(judge(&before, &starved, &POLICY), Verdict::Unknown);
 }
 
 #[test]
