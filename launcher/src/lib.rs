@@ -3,6 +3,7 @@
 
 pub mod api;
 mod asyncfd;
+pub mod backlog;
 pub mod cgroup;
 mod clock;
 pub mod daemon;

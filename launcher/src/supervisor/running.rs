@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    io,
     sync::Arc,
     time::Duration,
 };
@@ -14,6 +15,7 @@ use tokio::{
 };
 
 use crate::{
+    backlog::Backlog,
     cgroup::Group,
     governor::Slot,
     instance::{Control, Live},
@@ -70,6 +72,8 @@ pub(super) struct Running {
     adoption: Option<oneshot::Sender<()>>,
     /// What it got of the CPU.
     pub(super) monitor: Monitor,
+    /// Its listen queue, from the first look on; an error is told once.
+    pub(super) backlog: Option<io::Result<Backlog>>,
     control: mpsc::UnboundedSender<Control>,
     begun: Instant,
     /// Of each proxy: what it last told, and when.
@@ -154,6 +158,7 @@ impl Running {
             adopted: false,
             adoption: None,
             monitor: Monitor::default(),
+            backlog: None,
             control,
             begun: now,
             reports: HashMap::new(),
