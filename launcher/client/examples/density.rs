@@ -77,7 +77,7 @@ async fn measure(bench: &Bench, client: &Arc<Client>, image: &str, count: usize)
     for (turn, app) in apps.iter().cycle().take(500).enumerate() {
         let cpu = Some(if turn % 2 == 0 { 300 } else { 600 });
         let begun = Instant::now();
-        client.done(Request::Limit { app: app.clone(), cpu, memory: None, pids: None }).await?;
+        client.done(Request::Limit { app: app.clone(), cpu, memory: None, pids: None, reset: false }).await?;
         quotas.push(begun.elapsed());
     }
     quotas.sort_unstable();

@@ -289,7 +289,9 @@ impl Supervisor {
         let words = match verdict {
             Verdict::Helped => format!("{step} helped: {figures}"),
             Verdict::InVain => format!("{step} did not help: {figures}; it is undone"),
-            Verdict::Unknown => format!("{step} cannot be judged, the load has gone or the host is full: {figures}"),
+            Verdict::Unknown => {
+                format!("{step} cannot be judged, the load has gone or the host is full: {figures}")
+            }
         };
         let about = trial.added.or_else(|| self.running.keys().next_back().copied()).unwrap_or_default();
         self.decided("verdict", about, words);
