@@ -90,6 +90,9 @@ pub(crate) enum Command {
     /// Set the number of instances of an app, or pause its automatic scaling
     #[command(after_help = SCALE)]
     Scale(Scale),
+    /// Run an app's hooks for a signal
+    #[command(after_help = SIGNAL)]
+    Signal(Signal),
     /// Explain where the time of one request went
     #[command(after_help = WHY)]
     Why(Why),
@@ -124,6 +127,12 @@ pub(crate) struct Up {
     /// Folder from which `[[volume]]` takes its folders; STATE/datapool if that is there
     #[arg(long, value_name = "DIR")]
     pub(crate) datapool: Option<PathBuf>,
+    /// Folder of the programs that `[[hook]]` may run; STATE/hooks if that is there. It must belong to root alone
+    #[arg(long, value_name = "DIR")]
+    pub(crate) hooks: Option<PathBuf>,
+    /// Whom hooks run as, never root; 65534:65534 (nobody) by default
+    #[arg(long, value_name = "UID:GID")]
+    pub(crate) hook_user: Option<String>,
     /// How starts are admitted when many apps wake at once: `on`, by the CPU and memory that are free; `off`, all at once;
     /// or a number, the most starts at a time
     #[arg(long, value_name = "HOW", default_value_t)]
@@ -317,6 +326,22 @@ pub(crate) struct Scale {
     /// Back to what the vhost file says (before other options of the same command)
     #[arg(long, group = "what")]
     pub(crate) auto: bool,
+}
+
+const SIGNAL: &str = "\
+Runs the `[[hook]]`s of the app's vhost file that have this `on-signal`, once for each instance that is ready. The app itself
+gets no signal. The command returns when they have begun; `events --app APP` tells how they ended.
+
+Examples:
+  sudo fastcontainer signal blog USR1";
+
+/// `signal`
+#[derive(Args, Debug)]
+pub(crate) struct Signal {
+    /// Which app
+    pub(crate) app: AppName,
+    /// The signal's name: HUP, INT, USR1, USR2 or WINCH
+    pub(crate) signal: String,
 }
 
 const WHY: &str = "\

@@ -9,6 +9,7 @@ pub mod daemon;
 pub mod events;
 pub mod faults;
 pub mod governor;
+pub mod hooks;
 pub mod host;
 pub mod image;
 pub mod instance;

@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use cmdb::units::Bytes;
-use launcher::{api::Identities, daemon};
+use launcher::{api::Identities, daemon, hooks};
 use launcher_client::{
     GovernorMode,
     paths::{COREAPI_UID, DEFAULT_STATE, GROUP_ID, PROXY_UID, StateDir},
@@ -26,6 +26,12 @@ struct Arguments {
     /// Shared folder from which volumes come.
     #[arg(long)]
     datapool: Option<PathBuf>,
+    /// Folder of the programs that `[[hook]]` may run. It, and all in it, must belong to root alone.
+    #[arg(long)]
+    hooks: Option<PathBuf>,
+    /// Whom hooks run as, `uid:gid`; never root.
+    #[arg(long, default_value = "65534:65534", value_parser = hook_user)]
+    hook_user: (u32, u32),
     /// How starts are admitted: `on`, by the CPU and memory that are free; `off`, every start at once; or a number, the
     /// most starts at a time.
     #[arg(long, default_value_t)]
@@ -58,12 +64,49 @@ enum Part {
     /// Makes containers and outlives the daemon that started it. Not for people.
     #[command(hide = true)]
     Spawner,
+    /// Becomes the program of a hook. Not for people.
+    #[command(hide = true)]
+    HookExec(HookExec),
+}
+
+#[derive(clap::Args, Debug)]
+struct HookExec {
+    #[arg(long)]
+    uid: u32,
+    #[arg(long)]
+    gid: u32,
+    #[arg(long)]
+    join: Vec<PathBuf>,
+    #[arg(long, value_parser = variable)]
+    env: Vec<(String, String)>,
+    #[arg(last = true, required = true)]
+    argv: Vec<String>,
+}
+
+fn variable(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("a variable has a name and a value")?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+fn hook_user(text: &str) -> Result<(u32, u32), String> {
+    let ids = text.split_once(':').and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));
+    match ids {
+        Some((0, _) | (_, 0)) => Err("hooks never run as root: a vhost file says which run".to_owned()),
+        Some(ids) => Ok(ids),
+        None => Err(format!("\"{text}\" is no user; write uid:gid, for example 65534:65534")),
+    }
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    if matches!(arguments.command, Some(Part::Spawner)) {
-        return launcher::spawner::run();
+    match arguments.command {
+        Some(Part::Spawner) => return launcher::spawner::run(),
+        Some(Part::HookExec(HookExec { uid, gid, join, env, argv })) => {
+            // On the hook's own stderr, which is among the app's output.
+            eprintln!("{}", hooks::exec(&hooks::Exec { uid, gid, join, env, argv }));
+            return ExitCode::from(126);
+        }
+        None => {}
     }
     tracing_subscriber::fmt()
         .with_env_filter(
@@ -97,6 +140,8 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
         gid: arguments.gid,
         identities: Identities { coreapi: arguments.coreapi_uid, proxy: arguments.proxy_uid },
         datapool: arguments.datapool,
+        hooks: arguments.hooks,
+        hook_user: arguments.hook_user,
         governor: arguments.governor,
         keep_free: arguments.keep_free.map(|bytes| bytes.0),
         network_pool: arguments.network_pool,

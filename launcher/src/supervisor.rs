@@ -71,6 +71,8 @@ pub enum Message {
     Stop(oneshot::Sender<()>),
     /// Replace every instance.
     Restart,
+    /// Run the hooks of a signal; for how many instances they were begun.
+    Signal(String, oneshot::Sender<Result<usize, Refusal>>),
     /// For `ps`.
     Status(oneshot::Sender<Vec<Status>>),
     /// The last lines of output.
@@ -215,6 +217,7 @@ impl Supervisor {
                 self.answer_stoppers();
             }
             Message::Restart => self.replace_all("restarted by the operator"),
+            Message::Signal(name, reply) => drop(reply.send(self.signal(&name))),
             Message::Status(reply) => drop(reply.send(self.status())),
             Message::Logs(count, reply) => drop(reply.send(self.output.last(count))),
             Message::Timing(generation, reply) => {

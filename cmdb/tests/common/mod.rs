@@ -39,6 +39,7 @@ pub(crate) fn app(name: &str, host: &str) -> App {
             lifetime: None,
             drain_timeout: Duration::from_secs(30),
             stop_timeout: Duration::from_secs(10),
+            recycle_at: None,
         },
         scale: Scale {
             min: 0,
@@ -50,5 +51,6 @@ pub(crate) fn app(name: &str, host: &str) -> App {
             slow_start: None,
         },
         hold: Hold { queue: 10, timeout: Duration::from_secs(30), page: false },
+        hooks: Vec::new(),
     }
 }

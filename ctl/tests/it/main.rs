@@ -21,6 +21,7 @@ mod crash;
 mod edge;
 mod failing;
 mod hogs;
+mod hooks;
 mod images;
 mod isolation;
 mod lifecycle;

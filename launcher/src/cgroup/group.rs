@@ -176,6 +176,15 @@ impl Group {
         self.directories.iter().map(|directory| directory.path.as_path()).collect()
     }
 
+    /// The files to each of which a process with one thread writes `0` to move itself here.
+    pub fn join_files(&self) -> Vec<PathBuf> {
+        let file = |directory: &Directory| match directory.version {
+            Version::V1 => directory.path.join("tasks"),
+            Version::V2 => directory.path.join("cgroup.procs"),
+        };
+        self.directories.iter().map(file).collect()
+    }
+
     /// What a process needs in order to be born here: the `tasks` files of v1 (it writes `0` to each, while it has
     /// one thread) and the directory of v2 (for `CLONE_INTO_CGROUP`).
     ///

@@ -311,6 +311,7 @@ pub fn app(app: &str) -> App {
             lifetime: None,
             drain_timeout: Duration::from_secs(10),
             stop_timeout: Duration::from_secs(1),
+            recycle_at: None,
         },
         scale: Scale {
             min: 0,
@@ -322,6 +323,7 @@ pub fn app(app: &str) -> App {
             slow_start: None,
         },
         hold: Hold { queue: 1000, timeout: Duration::from_secs(15), page: false },
+        hooks: Vec::new(),
     }
 }
 
