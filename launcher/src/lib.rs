@@ -14,6 +14,7 @@ pub mod host;
 pub mod image;
 pub mod instance;
 pub mod keeper;
+pub mod leak;
 pub mod ledger;
 pub mod monitor;
 pub mod network;
