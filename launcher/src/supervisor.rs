@@ -5,6 +5,7 @@
 
 mod adopt;
 mod duties;
+mod leak;
 mod orders;
 mod rest;
 mod room;
@@ -124,6 +125,7 @@ pub struct Supervisor {
     /// No replacement or `scale.min` start before this time, after one failed.
     retry_at: Option<Instant>,
     scaling: Scaling,
+    leak: leak::Leak,
     /// What was last decided about the scaling.
     decision: Option<Decision>,
     removed: bool,
@@ -149,6 +151,7 @@ impl Supervisor {
             timings: Vec::new(),
             retry_at: None,
             scaling: Scaling::new(),
+            leak: leak::Leak::default(),
             decision: None,
             removed: false,
             ending: false,
@@ -353,6 +356,7 @@ impl Supervisor {
 
     async fn ended(&mut self, generation: Generation, end: crate::instance::End) {
         let Some(running) = self.running.remove(&generation) else { return };
+        self.remember_growth(&running);
         let id = name(&self.app.name, generation);
         let age = running.age();
         if running.is_ending() {

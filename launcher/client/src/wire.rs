@@ -412,6 +412,9 @@ pub struct Status {
     /// What the scaler last decided for the app.
     #[serde(default)]
     pub decision: Option<Decision>,
+    /// Why the app is suspected to lose memory, in words; `None`: it is not.
+    #[serde(default)]
+    pub leak: Option<String>,
 }
 
 /// Something that the scaler did, or found that it could do nothing about.

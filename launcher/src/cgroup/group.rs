@@ -356,6 +356,18 @@ impl Group {
         Ok(text.trim().parse().unwrap_or(0))
     }
 
+    /// Bytes of memory that the kernel cannot take back: the processes' own, and files in memory.
+    ///
+    /// # Errors
+    /// The system's; `ENODEV` when the group is gone.
+    pub fn memory_unreclaimable(&self) -> Result<u64, CgroupError> {
+        let directory = self.directory(self.roles.memory, "memory")?;
+        let text = directory.run("read memory.stat", |fd| files::read(fd, "memory.stat"))?;
+        let own = if directory.version == Version::V2 { "anon" } else { "rss" };
+        let sum = [own, "shmem"].iter().filter_map(|key| files::keyed(&text, key)).sum();
+        Ok(sum)
+    }
+
     /// Memory in use, its limit and its peak, and how often the limit killed.
     ///
     /// # Errors

@@ -248,6 +248,7 @@ impl Supervisor {
         if let Some(running) = self.running.get_mut(&activity.generation) {
             running.report(watcher, activity);
             self.look_sooner(activity);
+            self.look_for_leak(activity.generation);
         }
     }
 

@@ -10,6 +10,7 @@ use cmdb::{App, Generation, State};
 use launcher_client::wire::{Activity, WakeTiming};
 use tokio::{sync::mpsc, time::Instant};
 
+use super::leak::Growth;
 use crate::{
     cgroup::Group,
     governor::Slot,
@@ -55,6 +56,8 @@ pub(super) struct Running {
     pub(super) rest: Rest,
     /// Whether a proxy's suspicion is being looked into.
     pub(super) examined: bool,
+    /// How its memory grows.
+    pub(super) growth: Growth,
     adopted: bool,
     /// What it got of the CPU.
     pub(super) monitor: Monitor,
@@ -137,6 +140,7 @@ impl Running {
             quota_applied: false,
             examined: false,
             rest: Rest::Awake,
+            growth: Growth::default(),
             adopted: false,
             monitor: Monitor::default(),
             control,

@@ -15,7 +15,7 @@ impl Supervisor {
         if self.running.is_empty() {
             let record = self.host.store.get(&self.app.name).map(|(_, record)| record);
             let decision = self.decision.clone();
-            return vec![Status { decision, ..absent(&self.app, record.as_deref()) }];
+            return vec![Status { decision, leak: self.suspicion(), ..absent(&self.app, record.as_deref()) }];
         }
         self.running.iter().map(|(generation, running)| self.line(*generation, running)).collect()
     }
@@ -46,6 +46,7 @@ impl Supervisor {
         status.pids = group.and_then(|g| g.pids_current().ok());
         status.image.clone_from(&running.image);
         status.decision.clone_from(&self.decision);
+        status.leak = self.suspicion();
         status
     }
 }
@@ -74,6 +75,7 @@ pub(crate) fn absent(app: &App, record: Option<&AppRecord>) -> Status {
         image: app.container.image.clone(),
         overrides: Vec::new(),
         decision: None,
+        leak: None,
     }
 }
 
