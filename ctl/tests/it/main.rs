@@ -24,6 +24,7 @@ mod hogs;
 mod hooks;
 mod images;
 mod isolation;
+mod leak;
 mod lifecycle;
 mod network;
 mod oci;
