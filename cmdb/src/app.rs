@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, fmt, str::FromStr, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    hook::Hook,
     network::Network,
     units::{Bytes, Millicores},
 };
@@ -33,6 +34,9 @@ pub struct App {
     pub scale: Scale,
     /// How requests wait.
     pub hold: Hold,
+    /// The operator's programs that run at points of an instance's life, in the file's order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hooks: Vec<Hook>,
 }
 
 /// `[container]`.
@@ -100,6 +104,9 @@ pub struct Lifecycle {
     pub drain_timeout: Duration,
     /// From SIGTERM to SIGKILL.
     pub stop_timeout: Duration,
+    /// Share of the memory limit, in per cent, at which an instance that grows is replaced; `None`: never.
+    #[serde(default)]
+    pub recycle_at: Option<u32>,
 }
 
 /// `[scale]`.

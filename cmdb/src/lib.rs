@@ -7,6 +7,7 @@ pub mod app;
 pub mod cache;
 pub mod embedded;
 pub mod fingerprint;
+pub mod hook;
 pub mod instance;
 mod mirror;
 pub mod network;

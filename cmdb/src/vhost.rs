@@ -4,6 +4,7 @@
 //! file with a fault yields no app; it disturbs no other file.
 
 mod fault;
+mod hooks;
 mod image;
 mod read;
 mod reader;

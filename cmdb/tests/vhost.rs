@@ -341,3 +341,49 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn hooks_are_read_in_their_order() {
+    let text = format!(
+        "{LEAST}[[hook]]\non = \"before-start\"\nrun = [\"check\", \"--all\"]\ntimeout = \"2s\"\non-failure = \"abort\"\n\
+         [[hook]]\nevery = \"10s\"\nrun = [\"sub/count\"]\n[[hook]]\non-signal = \"SIGUSR1\"\nrun = [\"dump\"]\n\
+         [[hook]]\nafter = \"30s\"\nrun = [\"late\"]\n"
+    );
+    let hooks = parse(&text).unwrap().hooks;
+    let when: Vec<String> = hooks.iter().map(|hook| hook.when.to_string()).collect();
+    assert_eq!(when, ["before-start", "every 10s", "SIGUSR1", "after 30s"]);
+    assert_eq!(hooks[0].run, ["check", "--all"]);
+    assert_eq!((hooks[0].timeout, hooks[1].timeout), (Duration::from_secs(2), Duration::from_secs(5)));
+}
+
+#[test]
+fn a_hook_that_could_do_harm_or_nothing_is_refused() {
+    let said = |lines: &str| faults(&format!("{LEAST}[[hook]]\n{lines}\n")).join("\n");
+    for (lines, fault) in [
+        ("on = \"after-ready\"\nrun = [\"/bin/sh\"]", "must lie in the hooks folder"),
+        ("on = \"after-ready\"\nrun = [\"../sh\"]", "must lie in the hooks folder"),
+        ("on = \"after-ready\"\nrun = []", "names no program"),
+        ("on = \"after-ready\"", "has no \"run\""),
+        ("run = [\"x\"]", "does not say when it runs"),
+        ("on = \"after-ready\"\nevery = \"10s\"\nrun = [\"x\"]", "has \"on\" and \"every\""),
+        ("on = \"sometimes\"\nrun = [\"x\"]", "is no point of an instance's life"),
+        ("on-signal = \"KILL\"\nrun = [\"x\"]", "is no signal for a hook"),
+        ("every = \"10ms\"\nrun = [\"x\"]", "too often"),
+        ("on = \"after-ready\"\nrun = [\"x\"]\ntimeout = \"1h\"", "too long"),
+        ("on = \"after-ready\"\nrun = [\"x\"]\non-failure = \"abort\"", "nothing can be aborted there"),
+        ("on = \"after-ready\"\nrun = [\"x\"]\nuser = \"root\"", "has no key \"user\""),
+    ] {
+        assert!(said(lines).contains(fault), "{lines}: {}", said(lines));
+    }
+    let many = "[[hook]]\nevery = \"10s\"\nrun = [\"x\"]\n".repeat(33);
+    assert!(faults(&format!("{LEAST}{many}")).join("\n").contains("more than 32 hooks"));
+}
+
+#[test]
+fn a_share_of_the_memory_is_a_share() {
+    let with = |share: &str| parse(&format!("{LEAST}[lifecycle]\nrecycle-at = \"{share}\"\n"));
+    assert_eq!(with("80%").unwrap().lifecycle.recycle_at, Some(80));
+    for bad in ["80", "100%", "5%", "x%", "-5%"] {
+        assert!(with(bad).is_err(), "{bad}");
+    }
+}

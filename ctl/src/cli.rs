@@ -93,6 +93,9 @@ pub(crate) enum Command {
     /// Show the images of all apps, and how far their preparation is
     #[command(after_help = IMAGES)]
     Images,
+    /// Run an app's hooks for a signal
+    #[command(after_help = SIGNAL)]
+    Signal(Signal),
     /// Explain where the time of one request went
     #[command(after_help = WHY)]
     Why(Why),
@@ -127,6 +130,12 @@ pub(crate) struct Up {
     /// Folder from which `[[volume]]` takes its folders; STATE/datapool if that is there
     #[arg(long, value_name = "DIR")]
     pub(crate) datapool: Option<PathBuf>,
+    /// Folder of the programs that `[[hook]]` may run; STATE/hooks if that is there. It must belong to root alone
+    #[arg(long, value_name = "DIR")]
+    pub(crate) hooks: Option<PathBuf>,
+    /// Whom hooks run as, never root; 65534:65534 (nobody) by default
+    #[arg(long, value_name = "UID:GID")]
+    pub(crate) hook_user: Option<String>,
     /// How starts are admitted when many apps wake at once: `on`, by the CPU and memory that are free; `off`, all at once;
     /// or a number, the most starts at a time
     #[arg(long, value_name = "HOW", default_value_t)]
@@ -349,6 +358,22 @@ at each start, and removed when no file names them and no instance runs on them.
 Examples:
   sudo fastcontainer images
   sudo fastcontainer images --json | jq '.[] | select(.state == \"failed\")'";
+
+const SIGNAL: &str = "\
+Runs the `[[hook]]`s of the app's vhost file that have this `on-signal`, once for each instance that is ready. The app itself
+gets no signal. The command returns when they have begun; `events --app APP` tells how they ended.
+
+Examples:
+  sudo fastcontainer signal blog USR1";
+
+/// `signal`
+#[derive(Args, Debug)]
+pub(crate) struct Signal {
+    /// Which app
+    pub(crate) app: AppName,
+    /// The signal's name: HUP, INT, USR1, USR2 or WINCH
+    pub(crate) signal: String,
+}
 
 const WHY: &str = "\
 Without an id: the last requests, each with its id. Ids are in the access log (STATE/proxy/access.log) and on error pages

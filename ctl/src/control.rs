@@ -54,6 +54,14 @@ pub(crate) async fn restart(global: &Global, options: cli::Restart, out: &mut Ou
     done(&options.app, "restarting", "is being replaced, the new instance first", out)
 }
 
+/// `signal`: runs an app's hooks.
+pub(crate) async fn signal(global: &Global, options: cli::Signal, out: &mut Output) -> Result<(), Failure> {
+    let client = launcher::connect(global).await?;
+    let signal = options.signal.trim_start_matches("SIG").to_owned();
+    client.done(Request::Signal { app: options.app.clone(), signal }).await?;
+    done(&options.app, "signalled", "has its hooks under way; see `events`", out)
+}
+
 /// `limit`: other limits for the processes that run.
 pub(crate) async fn limit(global: &Global, options: cli::Limit, out: &mut Output) -> Result<(), Failure> {
     if options.cpu.is_none() && options.memory.is_none() && options.pids.is_none() && !options.reset {

@@ -55,6 +55,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Restart(options) => control::restart(global, options, &mut out).await?,
         Command::Limit(options) => control::limit(global, options, &mut out).await?,
         Command::Scale(options) => control::scale(global, options, &mut out).await?,
+        Command::Signal(options) => control::signal(global, options, &mut out).await?,
         Command::Usage(options) => usage::run(global, options, &mut out).await?,
         Command::Images => images::run(global, &mut out).await?,
         Command::Why(options) => why::run(global, &options, &mut out).await?,

@@ -55,6 +55,9 @@ fn notes(statuses: &[Status], only: bool) -> Vec<String> {
             let set = text::clean(&status.overrides.join(", ")).into_owned();
             notes.push(format!("{}: set by the operator: {set}", status.app));
         }
+        if let Some(leak) = &status.leak {
+            notes.push(format!("{}: suspected of a leak: {}", status.app, text::clean(leak)));
+        }
         if let Some(decision) = status.decision.as_ref().filter(|_| only) {
             let at = text::local_time(decision.at_unix_ms);
             let words = text::clean(&decision.words);
@@ -226,6 +229,7 @@ mod tests {
             overrides: Vec::new(),
             decision: None,
             image_is_old: false,
+            leak: None,
         }
     }
 

@@ -33,14 +33,19 @@ pub(crate) async fn run(global: &Global, options: &cli::Why, out: &mut Output) -
     // Only a request that waited for a start has one to explain.
     let start =
         if request.hold_us > 0 && request.wake == "cold" { start(global, &request).await } else { None };
+    let leak = suspicion(global, &request).await;
     if out.is_json() {
-        return out.json(&Explained { request: &request, start: start.as_ref() });
+        return out.json(&Explained { request: &request, start: start.as_ref(), leak });
     }
     let mut lines = lines(&request, start.as_ref()).into_iter();
     if let Some(headline) = lines.next() {
         out.line(&out.paint(Style::Bold, &headline))?;
     }
-    lines.try_for_each(|line| out.line(&line))
+    lines.try_for_each(|line| out.line(&line))?;
+    match leak {
+        Some(leak) => out.line(&format!("{} is suspected of a leak: {}", request.app, text::clean(&leak))),
+        None => Ok(()),
+    }
 }
 
 #[derive(Serialize)]
@@ -48,6 +53,7 @@ struct Explained<'a> {
     #[serde(flatten)]
     request: &'a RequestRecord,
     start: Option<&'a WakeTiming>,
+    leak: Option<String>,
 }
 
 /// The last requests, a line each.
@@ -106,6 +112,13 @@ async fn ask(global: &Global, question: &Question) -> Result<Answer, Failure> {
         )),
         Err(error) => Err(Failure::failed(error.to_string())),
     }
+}
+
+/// Why the app is suspected to lose memory, if it is: then it may have been slow for want of it.
+async fn suspicion(global: &Global, request: &RequestRecord) -> Option<String> {
+    let client = launcher::connect(global).await.ok()?;
+    let app = request.app.parse().ok()?;
+    launcher::statuses(&client, Some(app)).await.ok()?.into_iter().find_map(|status| status.leak)
 }
 
 /// How the instance that answered was started; `None` when the launcher does not know (any more).

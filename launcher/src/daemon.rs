@@ -27,6 +27,7 @@ use crate::{
     descent,
     events::Events,
     governor::{Governor, HostGauge},
+    hooks::{self, Folder, Hooks},
     host::{Host, Parts},
     image::{self, ImageStore},
     instance::Adoption,
@@ -60,6 +61,10 @@ pub struct Config {
     pub identities: Identities,
     /// Where volumes come from.
     pub datapool: Option<PathBuf>,
+    /// Where the operator's programs for `[[hook]]` are.
+    pub hooks: Option<PathBuf>,
+    /// Whom they run as: user and group.
+    pub hook_user: (u32, u32),
     /// How starts are admitted.
     pub governor: GovernorMode,
     /// Memory that starts leave to others, bytes; `None`: a small part of what there is.
@@ -117,9 +122,19 @@ pub async fn run(config: Config) -> Result<Ended> {
         node: node_name(),
         store: Arc::new(store),
         keeper: spawner.keeper,
-        cgroups,
+        cgroups: cgroups.clone(),
         images: ImageStore::new(&config.state.launcher().join("images"), image_options(&config))
             .context("the image store")?,
+        hooks: Hooks::new(hooks::Parts {
+            folder: config.hooks.as_deref().map(Folder::open).transpose().context("the hooks folder")?,
+            uid: config.hook_user.0,
+            gid: config.hook_user.1,
+            exe: config.exe.clone(),
+            cgroups: cgroups.clone(),
+            ledger: ledger.clone(),
+            events: Arc::clone(&events),
+            node: node_name(),
+        }),
         events,
         ledger,
         staging: config.state.launcher().join("staging"),

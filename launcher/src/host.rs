@@ -18,6 +18,7 @@ use crate::{
     events::Events,
     faults::Faults,
     governor::Governor,
+    hooks::Hooks,
     image::ImageStore,
     instance::Live,
     keeper::{Keeper, KeeperEvent},
@@ -59,6 +60,8 @@ pub struct Host {
     pub ledger: Ledger,
     /// The network of those that may connect out.
     pub outbound: Outbound,
+    /// Runs the operator's programs.
+    pub hooks: Arc<Hooks>,
     /// An empty directory on which each container stages its root, in its own mount namespace.
     pub staging: PathBuf,
     /// The DataPool; `None` where none is configured.
@@ -114,6 +117,8 @@ pub struct Parts {
     pub events: Arc<Events>,
     /// See [`Host::ledger`].
     pub ledger: Ledger,
+    /// See [`Host::hooks`].
+    pub hooks: Hooks,
     /// See [`Host::staging`].
     pub staging: PathBuf,
     /// See [`Host::datapool`].
@@ -140,6 +145,7 @@ impl Host {
             ledger: parts.ledger,
             outbound: Outbound::new(parts.outbound, Arc::clone(&parts.events)),
             events: parts.events,
+            hooks: Arc::new(parts.hooks),
             staging: parts.staging,
             datapool: parts.datapool,
             routes: Mutex::default(),

@@ -2,11 +2,12 @@
 
 mod admission;
 mod adoption;
+mod hooking;
 mod plan;
 
 use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
-use cmdb::{App, AppName, Generation, InstanceId};
+use cmdb::{App, AppName, Generation, InstanceId, hook::Point};
 use launcher_client::wire::{RefusalCode, Step, WakeTiming};
 use nix::libc::{ECANCELED, SIGKILL};
 use tokio::{sync::mpsc, time::Instant};
@@ -27,6 +28,7 @@ use crate::{
     trace::Trace,
 };
 pub use adoption::{Adoption, Tag, fingerprint};
+use hooking::Then;
 
 /// What a supervisor may do with an instance.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -205,10 +207,12 @@ impl Launch {
     async fn over(self, container: &ContainerId, begun_us: u64, captures: Vec<Capture>, end: End) {
         lock(&self.host.live).remove(&self.id());
         lock(&self.host.routes).remove(container);
+        self.hooks_before_exit(&end).await;
         self.remove_group(container, begun_us).await;
         for capture in captures {
             capture.finish().await;
         }
+        self.hooks_after_exit(&end);
         self.tell(Note::Ended { generation: self.generation, end });
     }
 
@@ -219,6 +223,7 @@ impl Launch {
         captures: &mut Vec<Capture>,
         events: &mut mpsc::UnboundedReceiver<KeeperEvent>,
     ) -> Result<Made, End> {
+        self.hooks_before(Point::BeforeCreate, &mut trace).await?;
         let image = self.host.images.resolve(&self.app.container.image).await.map_err(|e| self.cannot(&e))?;
         trace.lap("image");
 
@@ -231,6 +236,8 @@ impl Launch {
         self.give_way(&group);
         let (cgroup_tasks, cgroup_dir) = group.join_fds().map_err(|e| self.cannot(&e))?;
         trace.lap("cgroup");
+        self.host.hooks.after(Point::AfterCreate, &self.subject());
+        self.hooks_before(Point::BeforeStart, &mut trace).await?;
 
         let mut link = self.host.outbound.prepare(&self.app).await.map_err(|e| self.cannot(&e))?;
         let (gate, opener) = gate(link.is_some()).map_err(|e| self.cannot(&e))?;
@@ -323,8 +330,10 @@ impl Launch {
         let mut failure: Option<End> = None;
         let mut listens = made.listens.is_some();
         let mut runs = listens;
+        let mut attendants = self.attendants(&made);
         if let Some(port) = made.listens {
             self.publish(&made, port, trace.unknown());
+            attendants.goes_on(port, trace.begun_unix_us());
         }
         let mut kill_at: Option<Instant> = None;
         let mut probe: Option<tokio::task::JoinHandle<std::io::Result<ready::Ready>>> = None;
@@ -335,6 +344,7 @@ impl Launch {
                     Some(KeeperEvent::Execed { timings, notify, at_us, .. }) => {
                         runs = true;
                         trace.execed(timings.into_iter().map(step), at_us);
+                        attendants.started();
                         if !notify && let Some(port) = made.port {
                             let sockets = made.sockets.clone();
                             probe = Some(tokio::spawn(async move { ready::probe(&sockets, port).await }));
@@ -346,18 +356,23 @@ impl Launch {
                     Some(KeeperEvent::Failed { error, .. }) => {
                         failure = Some(self.failed(&format!("could not be started: {error}")));
                     }
-                    Some(KeeperEvent::Listening { listening, .. }) if !listens && failure.is_none() => {
+                    Some(KeeperEvent::Listening { listening, .. })
+                        if !listens && failure.is_none() && !attendants.delays_readiness() =>
+                    {
                         if only_v6_loopback(&listening) {
                             failure = Some(self.failed("listens only on [::1]; have it listen on 127.0.0.1 or on all addresses"));
                             self.host.keeper.kill(&container, SIGKILL);
-                        } else {
+                        } else if attendants.may_be_ready(listening.port, listening.at_us) {
                             listens = true;
                             self.publish(&made, listening.port, trace.ready(listening.at_us));
+                            attendants.ready();
                         }
                     }
                     Some(KeeperEvent::Exited { exit, .. }) => {
                         if let Some(probe) = probe.take() { probe.abort(); }
-                        return self.ended(&made.group, exit, failure);
+                        let end = self.ended(&made.group, exit, failure);
+                        attendants.ended(&end);
+                        return end;
                     }
                     Some(_) => {}
                     None => return failure.unwrap_or_else(|| self.failed("was lost: the spawner has ended")),
@@ -366,8 +381,11 @@ impl Launch {
                     probe = None;
                     match (found, made.port) {
                         (Ok(found), Some(port)) => {
-                            listens = true;
-                            self.publish(&made, port, trace.ready(found.at_us));
+                            if attendants.may_be_ready(port, found.at_us) {
+                                listens = true;
+                                self.publish(&made, port, trace.ready(found.at_us));
+                                attendants.ready();
+                            }
                         }
                         (Err(error), _) => {
                             failure = Some(self.failed(&format!("could not be probed: {error}")));
@@ -376,21 +394,33 @@ impl Launch {
                         (Ok(_), None) => {}
                     }
                 }
-                wish = self.control.recv(), if kill_at.is_none() => match wish {
-                    Some(Control::Terminate(grace)) if handles(made.pid, made.stop_signal) => {
-                        self.host.keeper.kill(&container, made.stop_signal);
-                        kill_at = Some(Instant::now() + grace);
+                passed = attendants.passed() => match passed {
+                    Ok(Then::Ready(port, at_us)) if failure.is_none() => {
+                        listens = true;
+                        self.publish(&made, port, trace.ready(at_us));
+                        attendants.ready();
                     }
-                    // Without a handler the kernel drops the signal for the first process of a pid namespace, so
-                    // waiting would be in vain. A supervisor that is gone wants no instance.
-                    Some(Control::Terminate(_)) | None => {
+                    Ok(Then::Ready(..)) => {}
+                    Ok(Then::Stop(grace)) => kill_at = Some(self.tell_to_end(&made, grace)),
+                    Err(reason) => {
+                        failure = Some(self.failed(&format!("could not be started: {reason}")));
                         self.host.keeper.kill(&container, SIGKILL);
-                        kill_at = Some(Instant::now() + Duration::from_secs(5));
                     }
+                },
+                wish = self.control.recv(), if kill_at.is_none() && !attendants.delays_the_stop() => match wish {
+                    Some(Control::Terminate(grace)) => {
+                        if attendants.may_be_stopped(grace) {
+                            kill_at = Some(self.tell_to_end(&made, grace));
+                        }
+                    }
+                    // A supervisor that is gone wants no instance.
+                    None => kill_at = Some(self.tell_to_end(&made, Duration::ZERO)),
                 },
                 () = sleep_until(deadline) => {
                     if kill_at.is_none() {
+                        let held = attendants.delays_readiness();
                         failure = Some(match runs {
+                            true if held => self.timed_out("was held up by its hooks"),
                             true => self.timed_out("does not listen"),
                             false => self.not_made_in_time(made.pid),
                         });
@@ -400,6 +430,18 @@ impl Launch {
                 }
             }
         }
+    }
+
+    /// Its stop signal; returns when SIGKILL is to follow.
+    fn tell_to_end(&self, made: &Made, grace: Duration) -> Instant {
+        let container = self.container();
+        if !grace.is_zero() && handles(made.pid, made.stop_signal) {
+            self.host.keeper.kill(&container, made.stop_signal);
+            return Instant::now() + grace;
+        }
+        // Without a handler the kernel drops the signal for the first process of a pid namespace: waiting would be in vain.
+        self.host.keeper.kill(&container, SIGKILL);
+        Instant::now() + Duration::from_secs(5)
     }
 
     fn publish(&self, made: &Made, port: u16, timing: WakeTiming) {

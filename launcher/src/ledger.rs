@@ -59,6 +59,10 @@ enum Job {
         begun_us: Option<u64>,
         cpu_us: u64,
     },
+    Charge {
+        app: AppName,
+        cpu_us: u64,
+    },
     Traffic {
         proxy: u64,
         apps: Vec<Traffic>,
@@ -107,11 +111,19 @@ impl Ledger {
         self.send(Job::Settle { id, begun_us: Some(begun_us), cpu_us });
     }
 
+    /// Something outside of its containers has used `cpu_us` for an app: a hook.
+    pub fn charge(&self, app: &AppName, cpu_us: u64) {
+        self.send(Job::Charge { app: app.clone(), cpu_us });
+    }
+
     /// Cgroups of an earlier daemon were removed that had used so much.
     pub fn settle_leftovers(&self, used: &[(String, u64)]) {
         for (name, cpu_us) in used {
-            if let Some(id) = file::container(name) {
-                self.send(Job::Settle { id, begun_us: None, cpu_us: *cpu_us });
+            let Some(id) = file::container(name) else { continue };
+            match id.app.split_once('~') {
+                // A hook's (see `hooks`).
+                Some((app, _)) => app.parse().iter().for_each(|app| self.charge(app, *cpu_us)),
+                None => self.send(Job::Settle { id, begun_us: None, cpu_us: *cpu_us }),
             }
         }
     }
@@ -264,6 +276,7 @@ impl Clerk {
                     self.book.settle(&id, &app, begun_us, cpu_us, now);
                 }
             }
+            Job::Charge { app, cpu_us } => self.book.charge(app, cpu_us, now()),
             Job::Traffic { proxy, apps } => {
                 self.heard.insert(proxy, Instant::now());
                 for Traffic { app, totals } in apps {

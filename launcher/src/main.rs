@@ -14,6 +14,7 @@ use cmdb::units::Bytes;
 use launcher::{
     api::Identities,
     daemon::{self, Ended},
+    hooks,
 };
 use launcher_client::{
     GovernorMode,
@@ -38,6 +39,12 @@ struct Arguments {
     /// Shared folder from which volumes come.
     #[arg(long)]
     datapool: Option<PathBuf>,
+    /// Folder of the programs that `[[hook]]` may run. It, and all in it, must belong to root alone.
+    #[arg(long)]
+    hooks: Option<PathBuf>,
+    /// Whom hooks run as, `uid:gid`; never root.
+    #[arg(long, default_value = "65534:65534", value_parser = hook_user)]
+    hook_user: (u32, u32),
     /// How starts are admitted: `on`, by the CPU and memory that are free; `off`, every start at once; or a number, the
     /// most starts at a time.
     #[arg(long, default_value_t)]
@@ -108,6 +115,37 @@ enum Part {
         /// What to write.
         order: String,
     },
+    /// Becomes the program of a hook. Not for people.
+    #[command(hide = true)]
+    HookExec(HookExec),
+}
+
+#[derive(clap::Args, Debug)]
+struct HookExec {
+    #[arg(long)]
+    uid: u32,
+    #[arg(long)]
+    gid: u32,
+    #[arg(long)]
+    join: Vec<PathBuf>,
+    #[arg(long, value_parser = variable)]
+    env: Vec<(String, String)>,
+    #[arg(last = true, required = true)]
+    argv: Vec<String>,
+}
+
+fn variable(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("a variable has a name and a value")?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+fn hook_user(text: &str) -> Result<(u32, u32), String> {
+    let ids = text.split_once(':').and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));
+    match ids {
+        Some((0, _) | (_, 0)) => Err("hooks never run as root: a vhost file says which run".to_owned()),
+        Some(ids) => Ok(ids),
+        None => Err(format!("\"{text}\" is no user; write uid:gid, for example 65534:65534")),
+    }
 }
 
 fn main() -> ExitCode {
@@ -116,6 +154,11 @@ fn main() -> ExitCode {
         Some(Part::Spawner) => return launcher::spawner::run(),
         Some(Part::Fetch) => return launcher::fetch::run(),
         Some(Part::Reclaim { order }) => return launcher::reclaim::run(&order),
+        Some(Part::HookExec(HookExec { uid, gid, join, env, argv })) => {
+            // On the hook's own stderr, which is among the app's output.
+            eprintln!("{}", hooks::exec(&hooks::Exec { uid, gid, join, env, argv }));
+            return ExitCode::from(126);
+        }
         None => {}
     }
     tracing_subscriber::fmt()
@@ -150,6 +193,8 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
         gid: arguments.gid,
         identities: Identities { coreapi: arguments.coreapi_uid, proxy: arguments.proxy_uid },
         datapool: arguments.datapool,
+        hooks: arguments.hooks,
+        hook_user: arguments.hook_user,
         governor: arguments.governor,
         keep_free: arguments.keep_free.map(|bytes| bytes.0),
         network_pool: arguments.network_pool,

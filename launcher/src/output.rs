@@ -74,12 +74,21 @@ impl Output {
         ring.lines.iter().skip(ring.lines.len().saturating_sub(count)).cloned().collect()
     }
 
-    /// The last line of `generation` that is not empty.
+    /// The last line of `generation` that is not empty; what its hooks have written is not its own.
     pub fn last_words(&self, generation: Generation) -> Option<String> {
+        self.last_of(generation, |stream| stream != "hook")
+    }
+
+    /// The last line of one of its streams that is not empty.
+    pub fn last_words_of(&self, generation: Generation, stream: &str) -> Option<String> {
+        self.last_of(generation, |other| other == stream)
+    }
+
+    fn last_of(&self, generation: Generation, wanted: impl Fn(&str) -> bool) -> Option<String> {
         let ring = self.lock();
-        let line =
-            ring.lines.iter().rev().find(|l| l.generation == generation && !l.line.trim().is_empty())?;
-        Some(line.line.clone())
+        let is_it =
+            |l: &&LogLine| l.generation == generation && wanted(&l.stream) && !l.line.trim().is_empty();
+        Some(ring.lines.iter().rev().find(is_it)?.line.clone())
     }
 
     fn push(&self, generation: Generation, stream: &str, bytes: &[u8]) {

@@ -5,6 +5,7 @@
 
 mod adopt;
 mod duties;
+mod leak;
 mod orders;
 mod rest;
 mod room;
@@ -74,6 +75,8 @@ pub enum Message {
     Stop(oneshot::Sender<()>),
     /// Replace every instance.
     Restart,
+    /// Run the hooks of a signal; for how many instances they were begun.
+    Signal(String, oneshot::Sender<Result<usize, Refusal>>),
     /// For `ps`.
     Status(oneshot::Sender<Vec<Status>>),
     /// The last lines of output.
@@ -131,6 +134,7 @@ pub struct Supervisor {
     /// No replacement or `scale.min` start before this time, after one failed.
     retry_at: Option<Instant>,
     scaling: Scaling,
+    leak: leak::Leak,
     /// What was last decided about the scaling.
     decision: Option<Decision>,
     /// What waking this app takes.
@@ -158,6 +162,7 @@ impl Supervisor {
             timings: Vec::new(),
             retry_at: None,
             scaling: Scaling::new(),
+            leak: leak::Leak::default(),
             decision: None,
             costs: WakeCosts::default(),
             removed: false,
@@ -228,6 +233,7 @@ impl Supervisor {
                 self.answer_stoppers();
             }
             Message::Restart => self.replace_all("restarted by the operator"),
+            Message::Signal(name, reply) => drop(reply.send(self.signal(&name))),
             Message::Status(reply) => drop(reply.send(self.status())),
             Message::Logs(count, reply) => drop(reply.send(self.output.last(count))),
             Message::Candidates(reply) => drop(reply.send(self.candidates())),
@@ -371,6 +377,7 @@ impl Supervisor {
 
     async fn ended(&mut self, generation: Generation, end: crate::instance::End) {
         let Some(running) = self.running.remove(&generation) else { return };
+        self.remember_growth(&running);
         let id = name(&self.app.name, generation);
         let age = running.age();
         if running.is_ending() {

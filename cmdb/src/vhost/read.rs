@@ -12,7 +12,7 @@ use toml::de::DeTable;
 use super::{
     LARGEST, app_name,
     fault::{Fault, without_mark},
-    image,
+    hooks, image,
     reader::{Reader, Section},
     too_large,
 };
@@ -118,6 +118,7 @@ fn read(
     let scale = read_scale(reader, scale);
     let hold = reader.section(top, "hold");
     let hold = read_hold(reader, hold);
+    let hooks = hooks::read(reader, top);
     let names = names?;
     let app = App {
         // The file's name is put in its place by the caller.
@@ -130,6 +131,7 @@ fn read(
         lifecycle,
         scale,
         hold,
+        hooks: hooks?,
     };
     Some((app, names))
 }
@@ -343,6 +345,7 @@ fn read_lifecycle(reader: &mut Reader<'_>, section: Section<'_>) -> Lifecycle {
         lifetime: reader.duration_or_never(section, "lifetime").unwrap_or(None),
         drain_timeout: reader.duration(section, "drain-timeout").unwrap_or(seconds(30)),
         stop_timeout: reader.duration(section, "stop-timeout").unwrap_or(seconds(10)),
+        recycle_at: reader.percent(section, "recycle-at", 10, 99),
     }
 }
 

@@ -29,7 +29,7 @@ pub(super) struct Section<'t> {
     pub(super) name: &'static str,
     table: Option<&'t DeTable<'t>>,
     /// Where to point for what is missing.
-    span: (usize, usize),
+    pub(super) span: (usize, usize),
 }
 
 /// A value and where it stands.
@@ -230,6 +230,18 @@ impl Reader<'_> {
                 None
             }
         }
+    }
+
+    /// A share such as `"80%"`, from `least` to `most` per cent.
+    pub(super) fn percent(&mut self, section: Section<'_>, name: &str, least: u32, most: u32) -> Option<u32> {
+        let text = self.text(section, name)?;
+        let share = text.value.strip_suffix('%').and_then(|number| number.parse().ok());
+        let share = share.filter(|share| (least..=most).contains(share));
+        if share.is_none() {
+            let mend = format!("write a share from \"{least}%\" to \"{most}%\"");
+            self.fault(text.span, format!("{:?} is no share that \"{name}\" takes", text.value), mend);
+        }
+        share
     }
 
     /// A text with a unit.

@@ -32,7 +32,7 @@ const fn key(
 }
 
 /// The sections in the order of the reference, with what each is about. `volume` is an array of tables.
-pub(super) const SECTIONS: [(&str, &str); 8] = [
+pub(super) const SECTIONS: [(&str, &str); 9] = [
     ("", "Which requests are the app's."),
     ("container", "What runs."),
     ("volume", "Folders of the DataPool inside the container; each `[[volume]]` is one."),
@@ -41,6 +41,10 @@ pub(super) const SECTIONS: [(&str, &str); 8] = [
     ("lifecycle", "When it starts and ends."),
     ("scale", "How many run."),
     ("hold", "How requests wait while nothing is ready for them."),
+    (
+        "hook",
+        "Programs of the operator's that run at points of an instance's life, on a signal, or in time; each `[[hook]]` is one, and has one of `on`, `on-signal`, `after` and `every`. Several at one point run one after the other, in the file's order. They run outside of the container, as an unprivileged user, in a cgroup of their own. What runs already keeps the hooks with which it was started.",
+    ),
 ];
 
 /// All keys.
@@ -216,6 +220,14 @@ pub(super) const KEYS: &[Key] = &[
         "How long requests under way may hold up the end of an instance.",
     ),
     key("lifecycle", "stop-timeout", "a duration", "\"10s\"", "\"10s\"", "From SIGTERM to SIGKILL."),
+    key(
+        "lifecycle",
+        "recycle-at",
+        "a share of `resources.memory`, \"10%\" to \"99%\"",
+        "never",
+        "\"80%\"",
+        "An instance whose memory has come so far is replaced, the new one first, if the app is suspected of a leak: better so than by the OOM killer in the middle of a request.",
+    ),
     key("scale", "min", "a number", "0", "0", "Fewest instances."),
     key(
         "scale",
@@ -290,6 +302,62 @@ pub(super) const KEYS: &[Key] = &[
         "\"500ms\"",
         "How long a browser is held before it is shown the waiting page.",
     ),
+    key(
+        "hook",
+        "on",
+        "a point",
+        "one of the four must be given",
+        "\"after-ready\"",
+        "In this order: `before-create` (nothing of the instance is there), `after-create` (its cgroup is, with its limits), `before-start`, `after-start` (its program runs), `before-ready` (it listens and gets no requests yet), `after-ready`, `before-stop` (it is to end and was not told yet), `after-stop` (it has), `oom` (it ran out of memory), `before-exit` (its processes have ended, its cgroup is there), `after-exit` (nothing of it is left). At a `before-` point the start or the end waits for the hook; the others delay nothing, and may still run when the next point comes.",
+    ),
+    key(
+        "hook",
+        "on-signal",
+        "HUP, INT, USR1, USR2 or WINCH",
+        "one of the four must be given",
+        "\"USR1\"",
+        "When the operator says `fastcontainer signal APP USR1`, for each instance that is ready. The app itself gets no signal.",
+    ),
+    key(
+        "hook",
+        "after",
+        "a duration",
+        "one of the four must be given",
+        "\"30s\"",
+        "So long after the instance was ready, once.",
+    ),
+    key(
+        "hook",
+        "every",
+        "a duration of at least 1s",
+        "one of the four must be given",
+        "\"10s\"",
+        "At this interval while the instance is ready; not while it is frozen, and not while the one before still runs.",
+    ),
+    key(
+        "hook",
+        "run",
+        "a list of texts",
+        "",
+        "[\"announce\", \"up\"]",
+        "Program and arguments. The program lies beneath the launcher's hooks folder (`up --hooks DIR`), belongs to root, and can be written to by nobody else. It gets a description of the instance as JSON on its standard input; what it writes is among the app's output (`logs`).",
+    ),
+    key(
+        "hook",
+        "timeout",
+        "a duration, at most 5m",
+        "\"5s\"",
+        "\"2s\"",
+        "After it the hook has failed, and is ended with everything that it started.",
+    ),
+    key(
+        "hook",
+        "on-failure",
+        "\"warn\" or \"abort\"",
+        "\"warn\"",
+        "\"abort\"",
+        "What its failure (it cannot be run, exits with another status than 0, takes too long) means: an event, or that the start has failed. `abort` is for `before-create`, `before-start` and `before-ready`.",
+    ),
 ];
 
 /// The key of that name.
@@ -347,7 +415,7 @@ pub fn reference() -> String {
     for (section, about) in SECTIONS {
         let title = match section {
             "" => "The top of the file".to_owned(),
-            "volume" => "`[[volume]]`".to_owned(),
+            "volume" | "hook" => format!("`[[{section}]]`"),
             other => format!("`[{other}]`"),
         };
         // Writing to a String cannot fail.

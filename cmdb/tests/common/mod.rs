@@ -40,6 +40,7 @@ pub(crate) fn app(name: &str, host: &str) -> App {
             lifetime: None,
             drain_timeout: Duration::from_secs(30),
             stop_timeout: Duration::from_secs(10),
+            recycle_at: None,
         },
         scale: Scale {
             min: 0,
@@ -56,5 +57,6 @@ pub(crate) fn app(name: &str, host: &str) -> App {
             page: false,
             page_after: Hold::usual_page_after(),
         },
+        hooks: Vec::new(),
     }
 }

@@ -23,9 +23,13 @@ pub(crate) fn make(state: &Path) -> Result<PathBuf, Failure> {
     Ok(root)
 }
 
-/// The DataPool, if there is one: a chosen folder must be there, the state folder's own need not.
-pub(crate) fn datapool(root: &Path, chosen: Option<&Path>) -> Result<Option<PathBuf>, Failure> {
-    let own = root.join("datapool");
+/// A folder that the launcher is to use, if there is one: a chosen one must be there, the state folder's own need not.
+pub(crate) fn own_or_chosen(
+    root: &Path,
+    name: &str,
+    chosen: Option<&Path>,
+) -> Result<Option<PathBuf>, Failure> {
+    let own = root.join(name);
     let path = chosen.unwrap_or(&own);
     let found = fs::canonicalize(path).and_then(|found| match found.is_dir() {
         true => Ok(found),
@@ -35,7 +39,7 @@ pub(crate) fn datapool(root: &Path, chosen: Option<&Path>) -> Result<Option<Path
         Ok(found) => Ok(Some(found)),
         Err(error) if chosen.is_none() && error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => {
-            Err(Failure::failed(format!("the DataPool {} cannot be used: {error}", path.display())))
+            Err(Failure::failed(format!("the {name} folder {} cannot be used: {error}", path.display())))
         }
     }
 }
@@ -217,16 +221,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let root = fs::canonicalize(dir.path()).unwrap();
         let (own, other, file) = (root.join("datapool"), root.join("other"), root.join("file"));
-        assert_eq!(datapool(&root, None).unwrap(), None);
+        assert_eq!(own_or_chosen(&root, "datapool", None).unwrap(), None);
 
         fs::create_dir(&own).unwrap();
         fs::create_dir(&other).unwrap();
         fs::write(&file, "").unwrap();
 
-        assert_eq!(datapool(&root, None).unwrap(), Some(own));
-        assert_eq!(datapool(&root, Some(&other)).unwrap(), Some(other));
+        assert_eq!(own_or_chosen(&root, "datapool", None).unwrap(), Some(own));
+        assert_eq!(own_or_chosen(&root, "datapool", Some(&other)).unwrap(), Some(other));
         for wrong in [root.join("absent"), file] {
-            let refused = datapool(&root, Some(&wrong)).unwrap_err().to_string();
+            let refused = own_or_chosen(&root, "datapool", Some(&wrong)).unwrap_err().to_string();
             assert!(refused.contains(&wrong.display().to_string()), "{refused}");
         }
     }

@@ -117,8 +117,14 @@ async fn start(
     };
 
     let mut args = common(&[&"--cgroup-parent", &cgroup]);
-    if let Some(datapool) = folder::datapool(root, options.datapool.as_deref())? {
+    if let Some(datapool) = folder::own_or_chosen(root, "datapool", options.datapool.as_deref())? {
         args.extend(["--datapool".into(), datapool.into()]);
+    }
+    if let Some(hooks) = folder::own_or_chosen(root, "hooks", options.hooks.as_deref())? {
+        args.extend(["--hooks".into(), hooks.into()]);
+    }
+    if let Some(user) = &options.hook_user {
+        args.extend(["--hook-user".into(), user.into()]);
     }
     args.extend(["--governor".into(), options.governor.to_string().into()]);
     if let Some(keep_free) = options.keep_free {

@@ -39,7 +39,7 @@ fn sum(lines: &[Value], app: Option<&str>, figure: &str) -> u64 {
 
 /// The apps' sum is within 1 % of what the kernel counted while `usage` was at work.
 #[track_caller]
-fn assert_conserved(host: &Host) {
+pub(crate) fn assert_conserved(host: &Host) {
     let before = kernel_cpu_us(host);
     let lines = usage(host, &[]);
     let after = kernel_cpu_us(host);

@@ -173,6 +173,13 @@ pub enum Request {
         /// What is ordered.
         order: ScaleOrder,
     },
+    /// Operator: run the app's hooks for a signal. → [`Reply::Done`] when they have begun.
+    Signal {
+        /// Which app.
+        app: AppName,
+        /// The signal's name, without `SIG`.
+        signal: String,
+    },
     /// Operator: what was used. → stream of [`Reply::Usage`], then [`Reply::End`].
     Usage {
         /// Since when, seconds since the Unix epoch; the hour (or day, when hours are not kept any more) around it is whole.
@@ -418,6 +425,9 @@ pub struct Status {
     /// What the scaler last decided for the app.
     #[serde(default)]
     pub decision: Option<Decision>,
+    /// Why the app is suspected to lose memory, in words; `None`: it is not.
+    #[serde(default)]
+    pub leak: Option<String>,
 }
 
 /// Something that the scaler did, or found that it could do nothing about.

@@ -45,6 +45,7 @@ impl Peer {
                 self.order(&app, |reply| Message::Scale(order, reply)).await.map(without_fds)
             }
             Request::WakeTiming { app, generation } => self.timing(&app, generation).await.map(without_fds),
+            Request::Signal { app, signal } => self.signal(&app, signal).await.map(without_fds),
             Request::Usage { since_unix_s, by, app } => {
                 self.usage(id, since_unix_s, by, app).await.map(without_fds)
             }
@@ -299,6 +300,19 @@ impl Peer {
         let (reply, timing) = oneshot::channel();
         let _ = supervisor.send(Message::Timing(generation, reply));
         timing.await.ok().flatten().map(Reply::WakeTiming).ok_or_else(not_known)
+    }
+
+    async fn signal(&self, app: &AppName, signal: String) -> Result<Reply, Refusal> {
+        let (reply, begun) = oneshot::channel();
+        self.ask(app, Message::Signal(signal, reply))?;
+        match begun.await.unwrap_or_else(|_| Err(gone(app)))? {
+            0 => {
+                let message =
+                    format!("no instance of {app} is ready, so there is nothing to run its hooks for");
+                Err(Refusal::new(RefusalCode::UnknownInstance, message))
+            }
+            _ => Ok(Reply::Done),
+        }
     }
 
     async fn usage(

@@ -172,6 +172,15 @@ impl Group {
         self.directories.iter().map(|directory| directory.path.as_path()).collect()
     }
 
+    /// The files to each of which a process with one thread writes `0` to move itself here.
+    pub fn join_files(&self) -> Vec<PathBuf> {
+        let file = |directory: &Directory| match directory.version {
+            Version::V1 => directory.path.join("tasks"),
+            Version::V2 => directory.path.join("cgroup.procs"),
+        };
+        self.directories.iter().map(file).collect()
+    }
+
     /// What a process needs in order to be born here: the `tasks` files of v1 (it writes `0` to each, while it has
     /// one thread) and the directory of v2 (for `CLONE_INTO_CGROUP`).
     ///
@@ -346,6 +355,18 @@ impl Group {
         };
         let text = directory.run("read memory", |fd| files::read(fd, file))?;
         Ok(text.trim().parse().unwrap_or(0))
+    }
+
+    /// Bytes of memory that the kernel cannot take back: the processes' own, and files in memory.
+    ///
+    /// # Errors
+    /// The system's; `ENODEV` when the group is gone.
+    pub fn memory_unreclaimable(&self) -> Result<u64, CgroupError> {
+        let directory = self.directory(self.roles.memory, "memory")?;
+        let text = directory.run("read memory.stat", |fd| files::read(fd, "memory.stat"))?;
+        let own = if directory.version == Version::V2 { "anon" } else { "rss" };
+        let sum = [own, "shmem"].iter().filter_map(|key| files::keyed(&text, key)).sum();
+        Ok(sum)
     }
 
     /// Memory in use, its limit and its peak, and how often the limit killed.

@@ -98,6 +98,11 @@ impl Book {
         self.put_down(app, last, begun, Sample { cpu_us, ..before }, now);
     }
 
+    /// Puts down CPU time that none of the app's containers has used.
+    pub(super) fn charge(&mut self, app: AppName, cpu_us: u64, now: Moment) {
+        self.add(hour_of(now.unix), &Account::App(app), Figures { cpu_us, ..Figures::default() });
+    }
+
     /// The container is not there any more, and nobody knows its last counters.
     pub(super) fn forget(&mut self, id: &ContainerId) {
         if self.seen.remove(id).is_some() {

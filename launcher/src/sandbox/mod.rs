@@ -29,3 +29,11 @@ pub use report::Report;
 pub use start::{Started, start};
 pub use step::STEPS;
 pub use userns::{IDS, UserNs};
+
+/// Marks every descriptor but the standard three close-on-exec.
+///
+/// # Errors
+/// The system's.
+pub fn close_on_exec() -> std::io::Result<()> {
+    sys::close_on_exec_from(3)
+}

@@ -2,7 +2,7 @@
 
 use std::{cmp::Reverse, sync::Arc, time::Duration};
 
-use cmdb::{App, Generation, Outcome, Transition};
+use cmdb::{App, Generation, Outcome, Transition, hook::When};
 use launcher_client::wire::{Activity, Refusal, RefusalCode};
 use tokio::time::Instant;
 
@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     cgroup::{CpuQuota, CpuWeight, Group},
+    hooks::Subject,
     instance::name,
     ready,
 };
@@ -249,6 +250,7 @@ impl Supervisor {
             running.report(watcher, activity);
             self.look_sooner(activity);
             self.learn_from(activity);
+            self.look_for_leak(activity.generation);
         }
     }
 
@@ -279,6 +281,31 @@ impl Supervisor {
         if !verdict.is_empty() {
             self.drain(generation, verdict).await;
         }
+    }
+
+    /// Runs the hooks of a signal for every instance that is ready.
+    pub(super) fn signal(&self, name: &str) -> Result<usize, Refusal> {
+        let wanted = When::Signal(name.to_owned());
+        if !self.app.hooks.iter().any(|hook| hook.when == wanted) {
+            let message = format!("{} has no [[hook]] with on-signal = \"{name}\"", self.app.name);
+            return Err(Refusal::new(RefusalCode::BadRequest, message));
+        }
+        let mut begun = 0;
+        for running in self.running.values() {
+            let Some((live, _)) = running.live() else { continue };
+            let subject = Subject {
+                app: Arc::clone(&self.app),
+                generation: live.id.generation,
+                output: Arc::clone(&self.output),
+                pid: Some(live.pid),
+                port: Some(live.port),
+                group: Some(Arc::clone(&live.group)),
+                end: None,
+            };
+            self.host.hooks.signal(&wanted, &subject);
+            begun += 1;
+        }
+        Ok(begun)
     }
 
     /// New configuration: limits change at once, what runs is replaced if it is to run differently.

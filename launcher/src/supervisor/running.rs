@@ -14,6 +14,7 @@ use tokio::{
     time::Instant,
 };
 
+use super::leak::Growth;
 use crate::{
     backlog::Backlog,
     cgroup::Group,
@@ -67,6 +68,8 @@ pub(super) struct Running {
     pub(super) woke: Option<(Tier, u64)>,
     /// Whether a proxy's suspicion is being looked into.
     pub(super) examined: bool,
+    /// How its memory grows.
+    pub(super) growth: Growth,
     adopted: bool,
     /// See [`crate::instance::Adoption::under_way`].
     adoption: Option<oneshot::Sender<()>>,
@@ -155,6 +158,7 @@ impl Running {
             rest: Rest::Awake,
             reclaim: Reclaim::No,
             woke: None,
+            growth: Growth::default(),
             adopted: false,
             adoption: None,
             monitor: Monitor::default(),

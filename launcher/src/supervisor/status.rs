@@ -15,7 +15,7 @@ impl Supervisor {
         if self.running.is_empty() {
             let record = self.host.store.get(&self.app.name).map(|(_, record)| record);
             let decision = self.decision.clone();
-            return vec![Status { decision, ..absent(&self.app, record.as_deref()) }];
+            return vec![Status { decision, leak: self.suspicion(), ..absent(&self.app, record.as_deref()) }];
         }
         self.running.iter().map(|(generation, running)| self.line(*generation, running)).collect()
     }
@@ -50,6 +50,7 @@ impl Supervisor {
         status.decision.clone_from(&self.decision);
         let current = self.host.images.current(&self.app.container.image);
         status.image_is_old = !running.image.is_empty() && current.is_some_and(|id| id != running.image);
+        status.leak = self.suspicion();
         status
     }
 }
@@ -81,6 +82,7 @@ pub(crate) fn absent(app: &App, record: Option<&AppRecord>) -> Status {
         overrides: Vec::new(),
         decision: None,
         image_is_old: false,
+        leak: None,
     }
 }
 

@@ -309,6 +309,7 @@ pub fn app(app: &str) -> App {
             lifetime: None,
             drain_timeout: Duration::from_secs(10),
             stop_timeout: Duration::from_secs(1),
+            recycle_at: None,
         },
         scale: Scale {
             min: 0,
@@ -325,6 +326,7 @@ pub fn app(app: &str) -> App {
             page: false,
             page_after: Hold::usual_page_after(),
         },
+        hooks: Vec::new(),
     }
 }
 
