@@ -63,14 +63,14 @@ impl Supervisor {
         let of = |(generation, running): (&Generation, &Running)| {
             let tier = running.tier();
             let here = tier.unwrap_or(Tier::Stopped);
-            let memory = running.group.as_ref().and_then(|group| group.memory().ok());
+            let memory = running.group.as_ref().and_then(|group| group.memory_current().ok());
             Candidate {
                 app: self.app.name.clone(),
                 generation: *generation,
                 tier: here,
                 idle: running.last_active.elapsed(),
                 in_flight: running.in_flight(),
-                memory: memory.map_or(0, |memory| memory.current),
+                memory: memory.unwrap_or(0),
                 descends: tier.is_none(),
                 may_stop,
                 wake_us: here.next().map_or(0, |next| self.costs.of(next)),
