@@ -375,6 +375,11 @@ mod tests {
                 max,
                 replacing
             }),
+            generation.clone().prop_map(|generation| Transition::Adopt {
+                generation,
+                node: "here".into(),
+                port: 80
+            }),
             generation.clone().prop_map(|generation| Transition::Ready { generation, port: 80 }),
             generation.clone().prop_map(failed),
             generation.clone().prop_map(|generation| Transition::Drain { generation }),
@@ -398,14 +403,27 @@ mod tests {
                     Outcome::Own(generation) => {
                         prop_assert!(generation > before.generation);
                         prop_assert!(!before.instances.contains_key(&generation));
-                        if let Transition::Add { max, replacing, .. } = transition {
-                            prop_assert!(serving < max as usize + usize::from(replacing));
+                        match transition {
+                            Transition::Add { max, replacing, .. } => {
+                                prop_assert!(serving < max as usize + usize::from(replacing));
+                            }
+                            // No second owner beside one that serves or whose start is under way.
+                            _ => {
+                                let owned = before.instances.values().any(|i| match i.state {
+                                    State::Ready | State::Frozen => true,
+                                    State::Starting => i.deadline_ms > now,
+                                    State::Draining => false,
+                                });
+                                prop_assert!(!owned);
+                            }
                         }
                     }
                     Outcome::Done => prop_assert_eq!(record.rev, before.rev + 1),
                     _ => prop_assert_eq!(&record, &before),
                 }
                 prop_assert!(record.generation >= before.generation);
+                prop_assert!(record.instances.keys().all(|generation| *generation <= record.generation));
+                prop_assert!(record.instances.iter().all(|(key, instance)| *key == instance.generation));
             }
         }
     }
