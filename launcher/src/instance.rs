@@ -354,7 +354,8 @@ impl Launch {
                         }
                     }
                     Some(KeeperEvent::Failed { error, .. }) => {
-                        failure = Some(self.failed(&format!("could not be started: {error}")));
+                        // What made us kill it says more than that it was killed.
+                        failure.get_or_insert_with(|| self.failed(&format!("could not be started: {error}")));
                     }
                     Some(KeeperEvent::Listening { listening, .. })
                         if !listens && failure.is_none() && !attendants.delays_readiness() =>

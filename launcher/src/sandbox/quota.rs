@@ -101,13 +101,13 @@ fn count_in(directory: BorrowedFd<'_>, project: u32, depth: usize) -> Result<(),
             Ok(file) if kind == FileType::Directory => {
                 count_in(file.as_fd(), project, depth + 1).about(path())?
             }
-            Ok(file) => mark(file.as_fd(), project).about(path())?,
+            Ok(file) => mark(file.as_fd(), project, 0).about(path())?,
             // Gone meanwhile, or something else by now, or another file system.
             Err(rustix::io::Errno::NOENT | rustix::io::Errno::LOOP | rustix::io::Errno::XDEV) => {}
             Err(errno) => return Err(errno).about(path()),
         }
     }
-    mark(directory, project).about("marking")
+    mark(directory, project, INHERIT).about("marking")
 }
 
 fn inside(directory: BorrowedFd<'_>, name: &std::ffi::CStr) -> Result<OwnedFd, rustix::io::Errno> {
@@ -116,13 +116,11 @@ fn inside(directory: BorrowedFd<'_>, name: &std::ffi::CStr) -> Result<OwnedFd, r
     rustix::fs::openat2(directory, name, flags, Mode::empty(), resolve)
 }
 
-fn mark(file: BorrowedFd<'_>, project: u32) -> io::Result<()> {
+/// Only a folder has what others inherit: of a file ext4 would refuse it.
+fn mark(file: BorrowedFd<'_>, project: u32, inherit: u32) -> io::Result<()> {
     let mut attributes = attributes(file)?;
-    if attributes.project == project && attributes.flags & INHERIT != 0 {
-        return Ok(());
-    }
     attributes.project = project;
-    attributes.flags |= INHERIT;
+    attributes.flags |= inherit;
     // SAFETY: the structure is the one that this request reads, and outlives the call.
     check(unsafe { libc::ioctl(file.as_raw_fd(), SET_ATTRIBUTES, &raw const attributes) }.into())
 }
