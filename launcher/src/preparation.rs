@@ -27,10 +27,13 @@ pub async fn run(host: Arc<Host>) {
     let mut under_way: BTreeMap<String, tokio::task::JoinHandle<()>> = BTreeMap::new();
     let mut before = BTreeSet::new();
     let mut swept = Instant::now();
+    let mut named = false;
     loop {
         let wanted = wanted(&host);
         // Also when only an instance has ended that still ran on an older image.
-        if wanted != before || swept.elapsed() >= SWEEP {
+        // A store that has not told of any app yet wants nothing to be removed.
+        named |= !wanted.is_empty();
+        if named && (wanted != before || swept.elapsed() >= SWEEP) {
             swept = Instant::now();
             let (host, keep) = (Arc::clone(&host), wanted.clone());
             // Removing trees takes its time.

@@ -212,7 +212,6 @@ pub struct ScaleOrder {
 /// What the launcher answers.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
-#[allow(clippy::large_enum_variant, reason = "a reply is made, sent and dropped; none is kept in numbers")]
 pub enum Reply {
     /// An instance is ready; its sockets come along.
     Woken {
