@@ -45,6 +45,9 @@ pub struct Container {
     /// `dir:`, `tar:` or `oci:` and an absolute path (relative paths of the file are resolved by the parser), `docker://…`
     /// or `git+…`.
     pub image: String,
+    /// An image beneath it, named in the same way; `None`: the image is all there is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
     /// Program and arguments; empty: the image's own.
     pub command: Vec<String>,
     /// TCP port on which the app listens; `None`: the first on which it does.

@@ -224,7 +224,9 @@ impl Launch {
         events: &mut mpsc::UnboundedReceiver<KeeperEvent>,
     ) -> Result<Made, End> {
         self.hooks_before(Point::BeforeCreate, &mut trace).await?;
-        let image = self.host.images.resolve(&self.app.container.image).await.map_err(|e| self.cannot(&e))?;
+        let container = &self.app.container;
+        let resolved = self.host.images.resolve_over(container.base.as_deref(), &container.image).await;
+        let image = resolved.map_err(|e| self.cannot(&e))?;
         trace.lap("image");
 
         let limits = Limits {
@@ -289,9 +291,9 @@ impl Launch {
     }
 
     fn why_not_made(&self) -> String {
-        let image = &self.app.container.image;
-        match self.host.images.preparation(image).and_then(|preparation| preparation.why_not()) {
-            Some(why) => format!("was not made: image {image} {why};"),
+        let why_not = |image: &String| Some((image.clone(), self.host.images.preparation(image)?.why_not()?));
+        match crate::preparation::images_of(&self.app).find_map(why_not) {
+            Some((image, why)) => format!("was not made: image {image} {why};"),
             None => "was not made".to_owned(),
         }
     }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use cmdb::AppName;
+use cmdb::{App, AppName};
 use launcher_client::wire::ImageStatus;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -15,6 +15,9 @@ use crate::image::{Layers, Stage};
 
 /// Images that are prepared at a time; a start that waits for its image does not wait for its turn.
 const AT_A_TIME: usize = 2;
+/// Shortest time between two looks for images that nobody uses.
+const SWEEP: Duration = Duration::from_secs(1);
+const CROWD: Duration = Duration::from_millis(50);
 /// Longest time without a look at what is due.
 const LONGEST_REST: Duration = Duration::from_secs(30);
 
@@ -23,9 +26,15 @@ pub async fn run(host: Arc<Host>) {
     let places = Arc::new(Semaphore::new(AT_A_TIME));
     let mut under_way: BTreeMap<String, tokio::task::JoinHandle<()>> = BTreeMap::new();
     let mut before = BTreeSet::new();
+    let mut swept = Instant::now();
+    let mut named = false;
     loop {
         let wanted = wanted(&host);
-        if wanted != before {
+        // Also when only an instance has ended that still ran on an older image.
+        // A store that has not told of any app yet wants nothing to be removed.
+        named |= !wanted.is_empty();
+        if named && (wanted != before || swept.elapsed() >= SWEEP) {
+            swept = Instant::now();
             let (host, keep) = (Arc::clone(&host), wanted.clone());
             // Removing trees takes its time.
             drop(tokio::task::spawn_blocking(move || host.images.retain(&keep)).await);
@@ -47,17 +56,23 @@ pub async fn run(host: Arc<Host>) {
             }
         }
         tokio::select! {
-            () = host.images.nudged() => {}
+            // Apps come in crowds.
+            () = host.images.nudged() => tokio::time::sleep(CROWD).await,
             () = tokio::time::sleep_until(next) => {}
         }
     }
 }
 
+/// The image of an app, and the one beneath it.
+pub fn images_of(app: &App) -> impl Iterator<Item = &String> {
+    [Some(&app.container.image), app.container.base.as_ref()].into_iter().flatten()
+}
+
 /// The images of all apps; those of folders need no preparation.
 fn wanted(host: &Host) -> BTreeSet<String> {
     let apps = host.store.list();
-    let images = apps.into_iter().map(|(app, _)| app.container.image.clone());
-    images.filter(|image| !image.starts_with("dir:")).collect()
+    let images = apps.iter().flat_map(|(app, _)| images_of(app));
+    images.filter(|image| !image.starts_with("dir:")).cloned().collect()
 }
 
 async fn prepare(host: Arc<Host>, image: String, places: Arc<Semaphore>) {
@@ -111,7 +126,9 @@ fn tell(host: &Host, image: &str, kind: &str, message: &str) {
 pub fn statuses(host: &Host) -> Vec<ImageStatus> {
     let mut by_image: BTreeMap<String, Vec<AppName>> = BTreeMap::new();
     for (app, _) in host.store.list() {
-        by_image.entry(app.container.image.clone()).or_default().push(app.name.clone());
+        for image in images_of(&app) {
+            by_image.entry(image.clone()).or_default().push(app.name.clone());
+        }
     }
     by_image.into_iter().map(|(image, apps)| status(host, image, apps)).collect()
 }
@@ -147,5 +164,8 @@ fn status(host: &Host, image: String, apps: Vec<AppName>) -> ImageStatus {
 /// The apps that have an image.
 fn users(host: &Host, image: &str) -> Vec<AppName> {
     let apps = host.store.list();
-    apps.iter().filter(|(app, _)| app.container.image == image).map(|(app, _)| app.name.clone()).collect()
+    apps.iter()
+        .filter(|(app, _)| images_of(app).any(|other| other == image))
+        .map(|(app, _)| app.name.clone())
+        .collect()
 }

@@ -178,7 +178,11 @@ fn read_container(reader: &mut Reader<'_>, section: Section<'_>, base: &Path) ->
     }
     let image = reader.text(section, "image").and_then(|image| image::read(reader, image, base));
     // Only an image with a configuration of its own can do without.
-    if !section.has("command") && image.as_deref().is_none_or(|image| !image::is_oci(image)) {
+    let base_image =
+        reader.text(section, "base").and_then(|base_image| image::read(reader, base_image, base));
+    let brings_command =
+        [&image, &base_image].iter().any(|image| image.as_deref().is_some_and(image::is_oci));
+    if !section.has("command") && !brings_command {
         reader.missing(section, "command");
     }
     let command = reader.texts(section, "command").map_or(Some(Vec::new()), |command| {
@@ -203,7 +207,7 @@ fn read_container(reader: &mut Reader<'_>, section: Section<'_>, base: &Path) ->
         None => String::new(),
     };
     let env = read_env(reader, section);
-    Some(Container { image: image?, command: command?, port, user, workdir, env })
+    Some(Container { image: image?, base: base_image, command: command?, port, user, workdir, env })
 }
 
 fn read_env(reader: &mut Reader<'_>, section: Section<'_>) -> BTreeMap<String, String> {

@@ -67,6 +67,14 @@ pub(super) const KEYS: &[Key] = &[
     ),
     key(
         "container",
+        "base",
+        "an image",
+        "nothing beneath the image",
+        "\"docker://registry.example.com/php:8-apache\"",
+        "An image that `image` is laid over, named in the same way: what runs the app, with `image` the app's own files, for example a folder of a Git repository. Command, environment, user and so on are the base's, unless `image` brings its own.",
+    ),
+    key(
+        "container",
         "command",
         "a list of texts",
         "the image's own",

@@ -17,6 +17,7 @@ pub(crate) fn app(name: &str, host: &str) -> App {
         server_names: vec![host.parse().unwrap()],
         container: Container {
             image: "dir:/srv/images/hello".into(),
+            base: None,
             command: vec!["/hello".into()],
             port: Some(8080),
             user: String::new(),

@@ -20,6 +20,7 @@ mod config;
 mod crash;
 mod edge;
 mod failing;
+mod git;
 mod hogs;
 mod hooks;
 mod images;

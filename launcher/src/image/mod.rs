@@ -80,6 +80,19 @@ pub struct Layers {
     pub lease: Lease,
 }
 
+/// Between the ids of images that are laid over one another, the upper one first.
+const OVER: char = '+';
+
+impl Layers {
+    fn over(self, below: Layers) -> Layers {
+        let config = if self.config == ImageConfig::default() { below.config } else { self.config };
+        let mut fds = below.fds;
+        fds.extend(self.fds);
+        let id = format!("{}{OVER}{}", self.id, below.id);
+        Layers { fds, id, config, lease: self.lease.and([below.lease]) }
+    }
+}
+
 /// Keeps an unpacked version from being removed when a newer one takes its place.
 #[derive(Clone, Debug)]
 pub struct Lease {
@@ -238,6 +251,16 @@ impl ImageStore {
         self.remote(image, false).await
     }
 
+    /// An image laid over another.
+    ///
+    /// # Errors
+    /// See [`ImageError`]; the first of the two that cannot be used.
+    pub async fn resolve_over(&self, base: Option<&str>, image: &str) -> Result<Layers, ImageError> {
+        let Some(base) = base else { return self.resolve(image).await };
+        let (below, above) = tokio::try_join!(self.resolve(base), self.resolve(image))?;
+        Ok(above.over(below))
+    }
+
     /// As [`ImageStore::resolve`], and asks again whoever has the image for a newer one.
     ///
     /// # Errors
@@ -264,8 +287,10 @@ impl ImageStore {
     /// Holds the image of that [`Layers::id`], for a container that was made from it earlier.
     #[must_use]
     pub fn lease(&self, id: &str) -> Lease {
-        let layers = self.inner.record(id).map(|record| record.layers).unwrap_or_default();
-        self.inner.hold(id).and(layers.iter().map(|layer| self.inner.hold(layer)))
+        let records = id.split(OVER).filter_map(|id| self.inner.record(id));
+        let layers = records.flat_map(|record| record.layers);
+        let names = id.split(OVER).map(ToOwned::to_owned).chain(layers);
+        Lease { names: Vec::new() }.and(names.map(|name| self.inner.hold(&name)))
     }
 
     /// A directory is opened, not copied: in a blocking thread, because it may lie on a network file system.

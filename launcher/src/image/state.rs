@@ -48,7 +48,7 @@ impl Preparation {
         match self.stage {
             Stage::Ready => None,
             Stage::Waiting => Some("waits for its turn to be prepared".to_owned()),
-            Stage::Fetching { bytes, of: 0 } if bytes == 0 => Some("is being fetched".to_owned()),
+            Stage::Fetching { bytes: 0, of: 0 } => Some("is being fetched".to_owned()),
             Stage::Fetching { bytes, of } => {
                 Some(format!("is being fetched ({} of {} MiB have come)", bytes >> 20, of.max(bytes) >> 20))
             }

@@ -5,13 +5,14 @@ use std::path::Path;
 use std::sync::PoisonError;
 use std::time::Duration;
 
+use cmdb::app::Container;
 use tokio::time::Instant;
 
 use super::cache::Key;
 use super::layers::LAYER;
 use super::remote::{self, Scratch};
 use super::{
-    Bounds, ImageError, ImageStore, Inner, Layers, Preparation, Refused, Stage, UNFINISHED, UNPACKED,
+    Bounds, ImageError, ImageStore, Inner, Layers, OVER, Preparation, Refused, Stage, UNFINISHED, UNPACKED,
 };
 use crate::fetch::Order;
 use crate::image::oci::Layout;
@@ -30,9 +31,17 @@ impl ImageStore {
         self.inner.lock_states().get(image).cloned()
     }
 
-    /// What the next start uses, see [`Layers::id`]; `None` when that is not known without looking.
+    /// What the next start of an app uses, see [`Layers::id`]; `None` when that is not known without looking.
     #[must_use]
-    pub fn current(&self, image: &str) -> Option<String> {
+    pub fn current(&self, container: &Container) -> Option<String> {
+        let image = self.current_of(&container.image)?;
+        match &container.base {
+            Some(base) => Some(format!("{image}{OVER}{}", self.current_of(base)?)),
+            None => Some(image),
+        }
+    }
+
+    fn current_of(&self, image: &str) -> Option<String> {
         self.inner.lock_states().get(image).map(|state| state.id.clone()).filter(|id| !id.is_empty())
     }
 

@@ -286,6 +286,7 @@ pub fn app(app: &str) -> App {
         server_names: vec![format!("{app}.test").parse().unwrap()],
         container: Container {
             image: "dir:/".into(),
+            base: None,
             command: vec!["x".into()],
             port: None,
             user: String::new(),
