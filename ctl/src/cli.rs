@@ -90,6 +90,9 @@ pub(crate) enum Command {
     /// Set the number of instances of an app, or pause its automatic scaling
     #[command(after_help = SCALE)]
     Scale(Scale),
+    /// Show the figures of launcher and proxy in Prometheus' text format
+    #[command(after_help = METRICS)]
+    Metrics,
     /// Explain where the time of one request went
     #[command(after_help = WHY)]
     Why(Why),
@@ -124,6 +127,9 @@ pub(crate) struct Up {
     /// Folder from which `[[volume]]` takes its folders; STATE/datapool if that is there
     #[arg(long, value_name = "DIR")]
     pub(crate) datapool: Option<PathBuf>,
+    /// Serve the figures of launcher and proxy for Prometheus at http://ADDRESS:PORT/metrics; without it nothing is served
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) metrics: Option<SocketAddr>,
     /// How starts are admitted when many apps wake at once: `on`, by the CPU and memory that are free; `off`, all at once;
     /// or a number, the most starts at a time
     #[arg(long, value_name = "HOW", default_value_t)]
@@ -318,6 +324,13 @@ pub(crate) struct Scale {
     #[arg(long, group = "what")]
     pub(crate) auto: bool,
 }
+
+const METRICS: &str = "\
+`up --metrics 127.0.0.1:9090` serves the same text at http://127.0.0.1:9090/metrics for Prometheus.
+
+Examples:
+  sudo fastcontainer metrics
+  sudo fastcontainer metrics | grep starts_waiting";
 
 const WHY: &str = "\
 Without an id: the last requests, each with its id. Ids are in the access log (STATE/proxy/access.log) and on error pages

@@ -8,6 +8,7 @@ mod events;
 mod failure;
 mod launcher;
 mod logs;
+mod metrics;
 mod output;
 mod ps;
 mod table;
@@ -55,6 +56,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Limit(options) => control::limit(global, options, &mut out).await?,
         Command::Scale(options) => control::scale(global, options, &mut out).await?,
         Command::Usage(options) => usage::run(global, options, &mut out).await?,
+        Command::Metrics => metrics::run(global, &mut out).await?,
         Command::Why(options) => why::run(global, &options, &mut out).await?,
     }
     out.flush()

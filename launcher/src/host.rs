@@ -22,6 +22,7 @@ use crate::{
     instance::Live,
     keeper::{Keeper, KeeperEvent},
     ledger::Ledger,
+    metrics::Metrics,
     monitor::HostMeter,
     network::NetNs,
     outbound::{self, Outbound},
@@ -77,6 +78,8 @@ pub struct Host {
     pub governor: Arc<Governor>,
     /// What the operator has set in place of vhost files.
     pub overrides: Overrides,
+    /// What is counted.
+    pub metrics: Metrics,
     supervisors: Mutex<HashMap<AppName, mpsc::UnboundedSender<Message>>>,
     ids: Mutex<IdRanges>,
     ending: std::sync::atomic::AtomicBool,
@@ -149,6 +152,7 @@ impl Host {
             meter: HostMeter::default(),
             governor: parts.governor,
             overrides: parts.overrides,
+            metrics: Metrics::default(),
             supervisors: Mutex::default(),
             ids: Mutex::default(),
             ending: std::sync::atomic::AtomicBool::new(false),

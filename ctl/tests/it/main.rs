@@ -26,6 +26,7 @@ mod isolation;
 mod lifecycle;
 mod network;
 mod oci;
+mod metrics;
 mod orders;
 mod scaling;
 mod sleep;

@@ -179,8 +179,8 @@ impl Supervisor {
         loop {
             // A replacement that starts may be one too many until the old one ends.
             let counts = |running: &Running| {
-                !running.is_ending()
-                    && !(running.replaces.is_some() && matches!(running.stage, Stage::Starting))
+                let is_extra = running.replaces.is_some() && matches!(running.stage, Stage::Starting);
+                !running.is_ending() && !is_extra
             };
             let serving: Vec<_> = self.running.iter().filter(|(_, running)| counts(running)).collect();
             if serving.len() <= usize::try_from(self.app.scale.max).unwrap_or(usize::MAX) {

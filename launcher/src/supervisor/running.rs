@@ -56,6 +56,7 @@ pub(super) struct Running {
     /// Whether a proxy's suspicion is being looked into.
     pub(super) examined: bool,
     adopted: bool,
+    listened: bool,
     /// What it got of the CPU.
     pub(super) monitor: Monitor,
     control: mpsc::UnboundedSender<Control>,
@@ -138,6 +139,7 @@ impl Running {
             examined: false,
             rest: Rest::Awake,
             adopted: false,
+            listened: false,
             monitor: Monitor::default(),
             control,
             begun: now,
@@ -167,6 +169,7 @@ impl Running {
         let expires =
             self.app.lifecycle.lifetime.map(|lifetime| since + jittered(lifetime, live.id.generation));
         self.last_active = since;
+        self.listened = true;
         self.stage = Stage::Ready { live, timing, since, expires };
     }
 
@@ -180,6 +183,11 @@ impl Running {
 
     pub(super) fn is_ready(&self) -> bool {
         matches!(self.stage, Stage::Ready { .. })
+    }
+
+    /// Whether its start has not come to its end.
+    pub(super) fn never_listened(&self) -> bool {
+        !self.adopted && !self.listened
     }
 
     pub(super) fn is_ending(&self) -> bool {
