@@ -13,7 +13,8 @@ use std::{
 
 use launcher::{
     cgroup::{Cgroups, Limits},
-    monitor::{HostMeter, Monitor, listen_queue},
+    listenqueue::{ListenQueue, diag_socket},
+    monitor::{HostMeter, Monitor},
     sandbox::ContainerId,
     scaler::{Evidence, History, Policy, decide},
 };
@@ -46,7 +47,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         ..Evidence::default()
     };
     let mut history = History::default();
-    let decision = measure(100_000, |n| {
+    let decision = measure(2_000, |n| {
         let evidence = Evidence { at_ms: slow.at_ms + n * 100, ..slow };
         history.observe(&evidence, &policy);
         black_box(decide(black_box(&evidence), &policy, &history));
@@ -56,17 +57,18 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let id = ContainerId { app: "decide".into(), generation: 1 };
     let group = cgroups.create(&id, &Limits::default())?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
-    let (pid, port) = (i32::try_from(std::process::id())?, listener.local_addr()?.port());
+    let port = listener.local_addr()?.port();
+    let listening = ListenQueue::new(diag_socket()?);
     let mut monitor = Monitor::default();
-    let cpu = measure(5_000, |_| {
+    let cpu = measure(100, |_| {
         monitor.sample(Instant::now(), &group);
         black_box(monitor.cpu());
     });
-    let queue = measure(5_000, |_| {
-        black_box(listen_queue(pid, port));
+    let queue = measure(100, |_| {
+        black_box(listening.len(port).unwrap_or(0));
     });
     let meter = HostMeter::default();
-    let host = measure(100_000, |_| {
+    let host = measure(2_000, |_| {
         black_box(meter.load(Instant::now()));
     });
     group.remove().await?;

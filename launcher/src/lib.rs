@@ -14,6 +14,7 @@ pub mod image;
 pub mod instance;
 pub mod keeper;
 pub mod ledger;
+pub mod listenqueue;
 pub mod metrics;
 pub mod monitor;
 pub mod network;

@@ -12,6 +12,8 @@ use nix::sched::{CloneFlags, setns};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 use tokio::sync::oneshot;
 
+use crate::listenqueue::{ListenQueue, diag_socket};
+
 /// At most so many sockets are made at once.
 pub const MAX_SOCKETS: usize = 253;
 
@@ -52,6 +54,8 @@ enum Want {
     Sockets(Family, usize),
     /// A netlink socket, to give the namespace addresses and routes.
     Netlink,
+    /// A netlink socket, to ask about sockets.
+    Diag,
 }
 
 impl NetNs {
@@ -137,6 +141,15 @@ impl NetSockets {
         self.netns.as_fd()
     }
 
+    /// Asks about the sockets that listen in the namespace.
+    ///
+    /// # Errors
+    /// Those of `setns` and `socket`.
+    pub async fn listen_queue(&self) -> io::Result<ListenQueue> {
+        let mut made = self.maker.ask(self.netns.clone(), Want::Diag).await?;
+        made.pop().map(ListenQueue::new).ok_or_else(|| io::Error::other("no netlink socket"))
+    }
+
     /// A netlink socket (NETLINK_ROUTE) in the namespace.
     ///
     /// # Errors
@@ -169,6 +182,7 @@ fn make(want: Want) -> io::Result<Vec<OwnedFd>> {
         Want::Namespace => Ok(vec![File::open("/proc/thread-self/ns/net")?.into()]),
         Want::Sockets(family, count) => (0..count).map(|_| socket(family)).collect(),
         Want::Netlink => Ok(vec![rtnl_socket()?]),
+        Want::Diag => Ok(vec![diag_socket()?]),
     }
 }
 

@@ -14,7 +14,8 @@ use crate::{
     cgroup::Group,
     governor::Slot,
     instance::{Control, Live},
-    monitor::Monitor,
+    listenqueue::ListenQueue,
+    monitor::{self, Monitor},
 };
 
 /// A proxy's figures are about the last second, and say nothing about the one after.
@@ -57,6 +58,8 @@ pub(super) struct Running {
     pub(super) examined: bool,
     adopted: bool,
     listened: bool,
+    /// Knows who waits to be accepted by it; made at the first look.
+    pub(super) queue: Option<ListenQueue>,
     /// What it got of the CPU.
     pub(super) monitor: Monitor,
     control: mpsc::UnboundedSender<Control>,
@@ -134,6 +137,7 @@ impl Running {
             requests: 0,
             last_active: now,
             slot: None,
+            queue: None,
             waits: String::new(),
             quota_applied: false,
             examined: false,
@@ -277,6 +281,15 @@ impl Running {
 
     pub(super) fn watcher_gone(&mut self, watcher: u64) {
         self.quiesced(watcher);
+    }
+
+    /// Connections that it has not accepted.
+    pub(super) fn backlog(&self, live: &Live) -> u32 {
+        match self.queue.as_ref().map(|queue| queue.len(live.port)) {
+            Some(Ok(length)) => length,
+            // A kernel without inet_diag: it tells in a way that takes long.
+            Some(Err(_)) | None => monitor::listen_queue(live.pid, live.port),
+        }
     }
 
     /// Requests under way, over all proxies.

@@ -13,7 +13,6 @@ use super::{
 use crate::{
     clock::unix_ms,
     instance::name,
-    monitor,
     scaler::{self, Cause, Cure, Evidence, FEW, History, Kind, Policy, Verdict, cores},
 };
 
@@ -114,6 +113,7 @@ impl Supervisor {
         }
         (self.scaling.looked, self.scaling.next) = (now, now + LOOK_EVERY);
         let policy = Policy::of(&self.app);
+        self.open_queues().await;
         let (evidence, slowest) = self.evidence(now);
         self.scaling.history.observe(&evidence, &policy);
         self.judge(&evidence, &policy, now).await;
@@ -153,6 +153,14 @@ impl Supervisor {
         self.emit(kind, about, words);
     }
 
+    async fn open_queues(&mut self) {
+        for running in self.running.values_mut().filter(|running| running.queue.is_none()) {
+            if let Some((live, _)) = running.live() {
+                running.queue = live.sockets.listen_queue().await.ok();
+            }
+        }
+    }
+
     fn evidence(&mut self, now: Instant) -> (Evidence, Generation) {
         let load = self.host.meter.load(now.into_std());
         let mut slowest = self.running.last_key_value().map_or(Generation(0), |(generation, _)| *generation);
@@ -169,7 +177,7 @@ impl Supervisor {
         for (generation, running) in &mut self.running {
             let Some((live, _)) = running.live().filter(|_| running.rest == Rest::Awake) else { continue };
             evidence.in_flight += running.in_flight();
-            evidence.backlog += monitor::listen_queue(live.pid, live.port);
+            evidence.backlog += running.backlog(&live);
             for (watcher, activity) in running.recent_reports() {
                 // Every report of an app's instances tells of the same queue.
                 let most = held.entry(watcher).or_insert(0);
