@@ -96,6 +96,9 @@ pub(crate) enum Command {
     /// Run an app's hooks for a signal
     #[command(after_help = SIGNAL)]
     Signal(Signal),
+    /// Show the figures of launcher and proxy in Prometheus' text format
+    #[command(after_help = METRICS)]
+    Metrics,
     /// Explain where the time of one request went
     #[command(after_help = WHY)]
     Why(Why),
@@ -136,6 +139,9 @@ pub(crate) struct Up {
     /// Whom hooks run as, never root; 65534:65534 (nobody) by default
     #[arg(long, value_name = "UID:GID")]
     pub(crate) hook_user: Option<String>,
+    /// Serve the figures of launcher and proxy for Prometheus at http://ADDRESS:PORT/metrics; without it nothing is served
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) metrics: Option<SocketAddr>,
     /// How starts are admitted when many apps wake at once: `on`, by the CPU and memory that are free; `off`, all at once;
     /// or a number, the most starts at a time
     #[arg(long, value_name = "HOW", default_value_t)]
@@ -374,6 +380,12 @@ pub(crate) struct Signal {
     /// The signal's name: HUP, INT, USR1, USR2 or WINCH
     pub(crate) signal: String,
 }
+const METRICS: &str = "\
+`up --metrics 127.0.0.1:9090` serves the same text at http://127.0.0.1:9090/metrics for Prometheus.
+
+Examples:
+  sudo fastcontainer metrics
+  sudo fastcontainer metrics | grep starts_waiting";
 
 const WHY: &str = "\
 Without an id: the last requests, each with its id. Ids are in the access log (STATE/proxy/access.log) and on error pages

@@ -9,6 +9,7 @@ mod failure;
 mod images;
 mod launcher;
 mod logs;
+mod metrics;
 mod output;
 mod ps;
 mod table;
@@ -58,6 +59,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Signal(options) => control::signal(global, options, &mut out).await?,
         Command::Usage(options) => usage::run(global, options, &mut out).await?,
         Command::Images => images::run(global, &mut out).await?,
+        Command::Metrics => metrics::run(global, &mut out).await?,
         Command::Why(options) => why::run(global, &options, &mut out).await?,
     }
     out.flush()

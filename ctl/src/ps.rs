@@ -220,6 +220,7 @@ mod tests {
             window: Some(Window { count: 31, mean_us: 2_000, p50_us: 1_500, p90_us: 3_000, p99_us: 12_500 }),
             cpu_us: Some(12_500),
             cpu_limit: Some(300),
+            throttled: None,
             memory_bytes: Some(3 << 20),
             memory_limit: Some(64 << 20),
             swap_bytes: Some(0),

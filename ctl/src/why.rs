@@ -7,7 +7,7 @@ use launcher_client::{
     admin::{self, Answer, Question, RequestRecord},
     packet::PacketError,
     paths::StateDir,
-    wire::{Reply, Request, WakeTiming},
+    wire::{Event, Reply, Request, WakeTiming},
 };
 use serde::Serialize;
 
@@ -25,6 +25,23 @@ use crate::{
 /// Requests that are listed.
 const SHOWN: usize = 20;
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Decisions are of interest from so long before the request came, ms, …
+const BEFORE_MS: u64 = 5_000;
+/// … until so long after it had ended, ms: a verdict falls two seconds after its step.
+const AFTER_MS: u64 = 3_000;
+/// Events that tell of an app's size: see `launcher_client::wire::Decision`, and the starts that had to wait.
+const DECISIONS: [&str; 10] = [
+    "scale-up",
+    "scale-down",
+    "scale-out",
+    "scale-in",
+    "scale-none",
+    "verdict",
+    "override",
+    "start-waits",
+    "start-admitted",
+    "no-room",
+];
 
 /// Runs the command.
 pub(crate) async fn run(global: &Global, options: &cli::Why, out: &mut Output) -> Result<(), Failure> {
@@ -34,10 +51,16 @@ pub(crate) async fn run(global: &Global, options: &cli::Why, out: &mut Output) -
     let start =
         if request.hold_us > 0 && request.wake == "cold" { start(global, &request).await } else { None };
     let leak = suspicion(global, &request).await;
+    let decisions = decisions(global, &request).await;
     if out.is_json() {
-        return out.json(&Explained { request: &request, start: start.as_ref(), leak });
+        return out.json(&Explained {
+            request: &request,
+            start: start.as_ref(),
+            decisions: &decisions,
+            leak,
+        });
     }
-    let mut lines = lines(&request, start.as_ref()).into_iter();
+    let mut lines = lines(&request, start.as_ref()).into_iter().chain(told(&decisions));
     if let Some(headline) = lines.next() {
         out.line(&out.paint(Style::Bold, &headline))?;
     }
@@ -54,6 +77,7 @@ struct Explained<'a> {
     request: &'a RequestRecord,
     start: Option<&'a WakeTiming>,
     leak: Option<String>,
+    decisions: &'a [Event],
 }
 
 /// The last requests, a line each.
@@ -130,6 +154,45 @@ async fn start(global: &Global, request: &RequestRecord) -> Option<WakeTiming> {
         Ok(Reply::WakeTiming(timing)) => Some(timing),
         _ => None,
     }
+}
+
+/// What was decided about the app's size around the request's time; nothing when the launcher does not know (any more).
+async fn decisions(global: &Global, request: &RequestRecord) -> Vec<Event> {
+    let Ok(client) = launcher::connect(global).await else { return Vec::new() };
+    let (from, to) = around(request);
+    let events = launcher::list(&client, Request::Events { since: 0, follow: false }, |reply| match reply {
+        Reply::Event(event) => Some(event),
+        _ => None,
+    });
+    let mut events = events.await.unwrap_or_default();
+    events.retain(|event| {
+        event.app.as_ref().is_some_and(|app| app.as_str() == request.app)
+            && DECISIONS.contains(&event.kind.as_str())
+            && (from..=to).contains(&event.at_unix_ms)
+    });
+    events
+}
+
+/// ms since the Unix epoch: what was decided a little before it came, while it was under way, and upon it.
+fn around(request: &RequestRecord) -> (u64, u64) {
+    let end = request.at_unix_ms + request.total_us / 1_000;
+    (request.at_unix_ms.saturating_sub(BEFORE_MS), end + AFTER_MS)
+}
+
+fn told(decisions: &[Event]) -> Vec<String> {
+    if decisions.is_empty() {
+        return Vec::new();
+    }
+    let mut lines = vec![String::new(), "  decided about the app around that time:".to_owned()];
+    lines.extend(decisions.iter().map(|event| {
+        format!(
+            "    {}  {:<14}  {}",
+            text::local_time(event.at_unix_ms),
+            text::clean(&event.kind),
+            text::clean(&event.message)
+        )
+    }));
+    lines
 }
 
 fn lines(request: &RequestRecord, start: Option<&WakeTiming>) -> Vec<String> {
@@ -277,6 +340,23 @@ mod tests {
             lines.contains(&"                    (it was under way when the request came)".to_owned()),
             "{lines:?}"
         );
+    }
+
+    #[test]
+    fn what_was_decided_meanwhile_is_told_beneath() {
+        let event = Event {
+            seq: 1,
+            at_unix_ms: 7_000,
+            kind: "scale-up".into(),
+            app: Some("hello".parse().unwrap()),
+            generation: None,
+            message: "the quota is raised".into(),
+        };
+        let request = RequestRecord { at_unix_ms: 10_000, total_us: 2_000_000, ..cold() };
+
+        assert_eq!(around(&request), (5_000, 15_000));
+        let told = told(&[event]);
+        assert!(told[2].ends_with("scale-up        the quota is raised"), "{told:?}");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use cmdb::{AppName, Generation};
 use launcher_client::wire::Event;
 use tokio::sync::broadcast;
 
-use crate::clock::unix_ms;
+use crate::{clock::unix_ms, metrics::Counts};
 
 /// How many events are kept.
 const KEPT: usize = 10_000;
@@ -21,6 +21,7 @@ const FOLLOWER_LAG: usize = 1_024;
 pub struct Events {
     ring: Mutex<Ring>,
     live: broadcast::Sender<Event>,
+    counts: Counts<1>,
 }
 
 #[derive(Debug, Default)]
@@ -31,7 +32,7 @@ struct Ring {
 
 impl Default for Events {
     fn default() -> Self {
-        Self { ring: Mutex::default(), live: broadcast::channel(FOLLOWER_LAG).0 }
+        Self { ring: Mutex::default(), live: broadcast::channel(FOLLOWER_LAG).0, counts: Counts::default() }
     }
 }
 
@@ -40,6 +41,7 @@ impl Events {
     pub fn emit(&self, kind: &str, app: Option<&AppName>, generation: Option<Generation>, message: String) {
         let name = app.map_or("-", AppName::as_str);
         tracing::info!(kind, app = name, generation = generation.map(|g| g.0), "{message}");
+        self.counts.get_or_create(&[("kind", kind.to_owned())]).inc();
         let mut ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
         ring.last_seq += 1;
         let event = Event {
@@ -56,6 +58,11 @@ impl Events {
         ring.events.push_back(event.clone());
         // Sent under the lock, so that followers see the ring's order. Nobody may be following; that is no error.
         let _ = self.live.send(event);
+    }
+
+    /// How many there were of each kind.
+    pub fn counts(&self) -> Counts<1> {
+        self.counts.clone()
     }
 
     /// The kept events after `since`, and a receiver of those that follow them, without a gap between.

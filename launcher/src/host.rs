@@ -23,6 +23,7 @@ use crate::{
     instance::Live,
     keeper::{Keeper, KeeperEvent},
     ledger::Ledger,
+    metrics::Metrics,
     monitor::HostMeter,
     network::NetNs,
     outbound::{self, Outbound},
@@ -80,6 +81,8 @@ pub struct Host {
     pub governor: Arc<Governor>,
     /// What the operator has set in place of vhost files.
     pub overrides: Overrides,
+    /// What is counted.
+    pub metrics: Metrics,
     supervisors: Mutex<HashMap<AppName, mpsc::UnboundedSender<Message>>>,
     ids: Mutex<IdRanges>,
     ending: std::sync::atomic::AtomicBool,
@@ -155,6 +158,7 @@ impl Host {
             meter: HostMeter::default(),
             governor: parts.governor,
             overrides: parts.overrides,
+            metrics: Metrics::default(),
             supervisors: Mutex::default(),
             ids: Mutex::default(),
             ending: std::sync::atomic::AtomicBool::new(false),

@@ -19,6 +19,7 @@ pub mod instance;
 pub mod keeper;
 pub mod leak;
 pub mod ledger;
+pub mod metrics;
 pub mod monitor;
 pub mod network;
 pub mod outbound;

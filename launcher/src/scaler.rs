@@ -15,6 +15,8 @@ pub use history::{History, Kind};
 pub use verdict::{Verdict, judge};
 pub use words::cores;
 
+use crate::monitor::CpuUse;
+
 /// Fewest responses that say something about response times.
 pub const FEW: u32 = 4;
 /// Fewest throttled periods that say something about the quota.
@@ -132,6 +134,22 @@ pub struct Decision {
     pub words: String,
 }
 
+impl Cause {
+    /// As metrics name it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Fine => "fine",
+            Self::Unclear => "unclear",
+            Self::Quota => "quota",
+            Self::Ceiling => "ceiling",
+            Self::Workers => "workers",
+            Self::Host => "host",
+            Self::Elsewhere => "elsewhere",
+        }
+    }
+}
+
 impl Policy {
     /// What the app's file says.
     #[must_use]
@@ -171,6 +189,22 @@ impl Evidence {
     /// Whether its own quota stops it often enough to be felt, though not in almost every period.
     fn is_held_back(&self) -> bool {
         self.quota.is_some() && self.throttled >= FEW_PERIODS && self.throttled * 10 >= self.periods * 2
+    }
+
+    /// Adds what one instance got of the CPU, and did not get, under this quota. Until its first byte an instance has none,
+    /// and gives way to others: what it does in that time of its boost, and what it waits for, is no pressure.
+    pub(crate) fn add_cpu(&mut self, cpu: &CpuUse, quota: Option<u32>, boosted: bool) {
+        self.used = self.used.saturating_add(cpu.used);
+        if boosted {
+            return;
+        }
+        self.quota = quota;
+        // Where the kernel does not tell, a full host is taken to be felt.
+        let unknown = if self.host_busy >= HOST_FULL { 1_000 } else { 0 };
+        self.cpu_stalled = self.cpu_stalled.max(cpu.stalled.unwrap_or(unknown));
+        if cpu.throttled >= self.throttled {
+            (self.periods, self.throttled) = (cpu.periods, cpu.throttled);
+        }
     }
 
     /// Requests that wait for a worker.

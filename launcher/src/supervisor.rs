@@ -361,6 +361,7 @@ impl Supervisor {
         let took = Duration::from_micros(timing.total_us);
         let message = format!("{} listens on port {} after {took:.1?}", live.id, live.port);
         self.emit("ready", generation, message);
+        self.host.metrics.started(&timing);
         self.started(generation);
         self.retry_at = None;
         if self.timings.len() == TIMINGS_KEPT {
@@ -380,6 +381,10 @@ impl Supervisor {
         self.remember_growth(&running);
         let id = name(&self.app.name, generation);
         let age = running.age();
+        if running.never_listened() {
+            let stopped = running.is_ending().then_some("stopped");
+            self.host.metrics.not_started(stopped.unwrap_or(end.code.as_str()));
+        }
         if running.is_ending() {
             drop(self.apply(Transition::Gone { generation }).await);
             self.emit("stopped", generation, format!("{id} ended after {age:.1?}: {}", running.why_ending()));

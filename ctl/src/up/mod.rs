@@ -2,6 +2,7 @@
 
 mod folder;
 mod leftovers;
+mod page;
 mod service;
 
 use std::{
@@ -68,6 +69,10 @@ pub(crate) async fn run(global: &Global, options: &cli::Up, out: &mut Output) ->
     tracing::debug!("state folder {}, cgroup {cgroup}", root.display());
     raise_file_limit();
 
+    let _page = match options.metrics {
+        Some(address) => Some(page::Page::open(address, StateDir::new(&root)).await?),
+        None => None,
+    };
     let mut kept = Vec::new();
     let start = start(&root, &conf, &cgroup, options, &programs, &vhosts, &mut kept);
     let started = tokio::select! {

@@ -27,6 +27,7 @@ mod images;
 mod isolation;
 mod leak;
 mod lifecycle;
+mod metrics;
 mod network;
 mod oci;
 mod orders;

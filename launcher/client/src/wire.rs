@@ -191,6 +191,8 @@ pub enum Request {
     },
     /// Operator: the images of all apps. → stream of [`Reply::Image`], then [`Reply::End`].
     Images,
+    /// Operator: the launcher's figures in Prometheus' text format. → stream of [`Reply::Text`], then [`Reply::End`].
+    Metrics,
     /// Everybody: how the start of an instance went. → [`Reply::WakeTiming`].
     WakeTiming {
         /// Which app.
@@ -265,6 +267,8 @@ pub enum Reply {
     Event(Event),
     /// One line of output.
     Log(LogLine),
+    /// A piece of a longer text.
+    Text(String),
     /// How a start went.
     WakeTiming(WakeTiming),
     /// One line of the ledger.
@@ -402,6 +406,9 @@ pub struct Status {
     pub cpu_us: Option<u64>,
     /// Quota in thousandths of a core that is in force now; `None`: unlimited.
     pub cpu_limit: Option<u32>,
+    /// Periods in which its quota stopped it, since the quota began, per mille of those in which it ran.
+    #[serde(default)]
+    pub throttled: Option<u32>,
     /// Memory charged, bytes.
     pub memory_bytes: Option<u64>,
     /// Memory limit, bytes.
@@ -504,9 +511,11 @@ impl Refusal {
     }
 }
 
-impl fmt::Display for RefusalCode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl RefusalCode {
+    /// As it is written on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
             Self::UnknownApp => "unknown-app",
             Self::UnknownInstance => "unknown-instance",
             Self::StartFailed => "start-failed",
@@ -516,7 +525,13 @@ impl fmt::Display for RefusalCode {
             Self::Forbidden => "forbidden",
             Self::BadRequest => "bad-request",
             Self::Internal => "internal",
-        })
+        }
+    }
+}
+
+impl fmt::Display for RefusalCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
     }
 }
 

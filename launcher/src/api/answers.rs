@@ -18,6 +18,9 @@ use crate::{
     supervisor::{Awake, Limits, Message},
 };
 
+/// Bytes of text in a packet; JSON may need two for one.
+const TEXT_PIECE: usize = launcher_client::wire::MAX_PACKET / 4;
+
 impl Peer {
     /// Answers one request; replies go out as they come about.
     pub(super) async fn answer(&self, id: u64, request: Request) {
@@ -44,6 +47,7 @@ impl Peer {
             Request::Scale { app, order } => {
                 self.order(&app, |reply| Message::Scale(order, reply)).await.map(without_fds)
             }
+            Request::Metrics => self.metrics(id).await.map(without_fds),
             Request::WakeTiming { app, generation } => self.timing(&app, generation).await.map(without_fds),
             Request::Signal { app, signal } => self.signal(&app, signal).await.map(without_fds),
             Request::Usage { since_unix_s, by, app } => {
@@ -67,7 +71,9 @@ impl Peer {
     async fn wake(&self, app: &AppName, sockets: u32) -> Result<(Reply, Vec<OwnedFd>), Refusal> {
         let (reply, answer) = oneshot::channel();
         self.ask(app, Message::Wake(reply))?;
-        let Awake { live, timing } = answer.await.unwrap_or_else(|_| Err(gone(app)))?;
+        let answer = answer.await.unwrap_or_else(|_| Err(gone(app)));
+        self.host.metrics.woken(answer.as_ref().map(|awake| awake.timing.warm));
+        let Awake { live, timing } = answer?;
         let sockets = live.sockets.take(count(sockets)).await.map_err(|e| no_sockets(&e))?;
         Ok((Reply::Woken { generation: live.id.generation, port: live.port, timing }, sockets))
     }
@@ -207,6 +213,20 @@ impl Peer {
         for image in images.unwrap_or_default() {
             self.send(id, Reply::Image(image)).await?;
         }
+        Ok(Reply::End)
+    }
+
+    /// In pieces of whole lines that fit into packets.
+    async fn metrics(&self, id: u64) -> Result<Reply, Refusal> {
+        let text = crate::metrics::scrape(&self.host).await;
+        let mut piece = String::new();
+        for line in text.split_inclusive('\n') {
+            if piece.len() + line.len() > TEXT_PIECE {
+                self.send(id, Reply::Text(std::mem::take(&mut piece))).await?;
+            }
+            piece.push_str(line);
+        }
+        self.send(id, Reply::Text(piece)).await?;
         Ok(Reply::End)
     }
 

@@ -219,3 +219,17 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_an_instance_does_in_its_boost_is_no_pressure() {
+    let hungry = CpuUse { periods: 10, throttled: 10, used: 900, stalled: Some(900) };
+    let mut evidence = Evidence { quota: None, cpu_stalled: 0, host_busy: 1_000, ..slow() };
+    evidence.add_cpu(&hungry, Some(300), true);
+    assert_eq!((evidence.periods, evidence.throttled, evidence.cpu_stalled), (0, 0, 0));
+    assert!(!matches!(decided(evidence).cure, Cure::Raise(_) | Cure::Add), "{:?}", decided(evidence));
+    assert_ne!(decided(evidence).cause, Cause::Host);
+
+    // The same from an instance that has its quota is.
+    evidence.add_cpu(&hungry, Some(300), false);
+    assert_eq!(decided(evidence).cure, Cure::Raise(600));
+}

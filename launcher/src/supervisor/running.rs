@@ -73,6 +73,7 @@ pub(super) struct Running {
     adopted: bool,
     /// See [`crate::instance::Adoption::under_way`].
     adoption: Option<oneshot::Sender<()>>,
+    listened: bool,
     /// What it got of the CPU.
     pub(super) monitor: Monitor,
     /// Its listen queue, from the first look on; an error is told once.
@@ -161,6 +162,7 @@ impl Running {
             growth: Growth::default(),
             adopted: false,
             adoption: None,
+            listened: false,
             monitor: Monitor::default(),
             backlog: None,
             control,
@@ -193,6 +195,7 @@ impl Running {
             self.app.lifecycle.lifetime.map(|lifetime| since + jittered(lifetime, live.id.generation));
         self.last_active = since;
         self.adoption = None;
+        self.listened = true;
         self.stage = Stage::Ready { live, timing, since, expires };
     }
 
@@ -206,6 +209,11 @@ impl Running {
 
     pub(super) fn is_ready(&self) -> bool {
         matches!(self.stage, Stage::Ready { .. })
+    }
+
+    /// Whether its start has not come to its end.
+    pub(super) fn never_listened(&self) -> bool {
+        !self.adopted && !self.listened
     }
 
     pub(super) fn is_ending(&self) -> bool {

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     clock::unix_ms,
     instance::name,
-    scaler::{self, Cause, Cure, Evidence, FEW, HOST_FULL, History, Kind, Policy, Verdict, cores},
+    scaler::{self, Cause, Cure, Evidence, FEW, History, Kind, Policy, Verdict, cores},
 };
 
 /// How often an active app is looked at.
@@ -126,14 +126,14 @@ impl Supervisor {
             Cure::Nothing => self.say_once(decision.cause, slowest, decision.words, now),
             Cure::Raise(to) | Cure::Lower(to) => {
                 let kind = if matches!(decision.cure, Cure::Raise(_)) { "scale-up" } else { "scale-down" };
-                self.decided(kind, slowest, decision.words);
+                self.decided(kind, decision.cause, slowest, decision.words);
                 self.step(decision.cure, &evidence, &policy, None);
                 self.set_quotas(Some(to));
             }
-            Cure::Add => self.add(&evidence, &policy, &decision.words).await,
+            Cure::Add => self.add(&evidence, &policy, &decision).await,
             Cure::Remove => {
                 if let Some(youngest) = self.youngest() {
-                    self.decided("scale-in", youngest, decision.words);
+                    self.decided("scale-in", decision.cause, youngest, decision.words);
                     self.step(decision.cure, &evidence, &policy, None);
                     self.drain(youngest, "the load needs one instance less").await;
                 }
@@ -141,8 +141,13 @@ impl Supervisor {
         }
     }
 
+    fn decided(&mut self, kind: &'static str, cause: Cause, about: Generation, words: String) {
+        self.host.metrics.decided(kind, cause);
+        self.tell(kind, about, words);
+    }
+
     /// Among the events, and in `ps` until the next one.
-    fn decided(&mut self, kind: &str, about: Generation, words: String) {
+    fn tell(&mut self, kind: &str, about: Generation, words: String) {
         let at_unix_ms = unix_ms();
         self.decision = Some(Decision { at_unix_ms, kind: kind.to_owned(), words: words.clone() });
         self.emit(kind, about, words);
@@ -191,18 +196,7 @@ impl Supervisor {
                 }
             }
             running.monitor.sample(now.into_std(), &live.group);
-            let cpu = running.monitor.cpu();
-            evidence.used = evidence.used.saturating_add(cpu.used);
-            // Where the kernel does not tell, a full host is taken to be felt.
-            let unknown = if load.busy >= HOST_FULL { 1_000 } else { 0 };
-            evidence.cpu_stalled = evidence.cpu_stalled.max(cpu.stalled.unwrap_or(unknown));
-            // Until its first byte an instance has no quota: what it does then is no pressure.
-            if running.quota_applied {
-                evidence.quota = quota;
-                if cpu.throttled >= evidence.throttled {
-                    (evidence.periods, evidence.throttled) = (cpu.periods, cpu.throttled);
-                }
-            }
+            evidence.add_cpu(&running.monitor.cpu(), quota, !running.quota_applied);
         }
         evidence.held = held.values().sum();
         let loaded = (evidence.demand() > 0).then(|| self.scaling.loaded.unwrap_or(now));
@@ -212,7 +206,7 @@ impl Supervisor {
     }
 
     /// One more instance, if the CMDB agrees.
-    async fn add(&mut self, evidence: &Evidence, policy: &Policy, words: &str) {
+    async fn add(&mut self, evidence: &Evidence, policy: &Policy, decision: &scaler::Decision) {
         let transition = Transition::Add {
             node: self.host.node.clone(),
             start_timeout_ms: self.start_timeout_ms(),
@@ -221,7 +215,7 @@ impl Supervisor {
         };
         match self.apply(transition).await {
             Ok(Outcome::Own(generation)) => {
-                self.decided("scale-out", generation, words.to_owned());
+                self.decided("scale-out", decision.cause, generation, decision.words.clone());
                 self.step(Cure::Add, evidence, policy, Some(generation));
                 self.launch(generation, None, "the load needs another instance");
             }
@@ -294,7 +288,8 @@ impl Supervisor {
             }
         };
         let about = trial.added.or_else(|| self.running.keys().next_back().copied()).unwrap_or_default();
-        self.decided("verdict", about, words);
+        self.host.metrics.judged(trial.added.is_some(), verdict);
+        self.tell("verdict", about, words);
         match trial.added {
             _ if !in_vain => {}
             Some(added) => self.drain(added, "it did not help").await,
@@ -310,7 +305,7 @@ impl Supervisor {
             return;
         }
         self.scaling.said = Some((cause, now));
-        self.decided("scale-none", about, words);
+        self.decided("scale-none", cause, about, words);
     }
 
     fn has_something_to_scale(&self) -> bool {

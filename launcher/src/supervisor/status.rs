@@ -39,7 +39,9 @@ impl Supervisor {
             .map(|(_, activity)| activity.window)
             .filter(|window| window.count > 0)
             .max_by_key(|window| window.count);
-        status.cpu_us = group.and_then(|g| g.cpu_stat().ok()).map(|s| s.usage_us);
+        let cpu = group.and_then(|g| g.cpu_stat().ok());
+        status.cpu_us = cpu.map(|s| s.usage_us);
+        status.throttled = cpu.and_then(|s| share(s.nr_throttled, s.nr_periods));
         status.cpu_limit = self.quota().filter(|_| running.quota_applied);
         status.memory_bytes = memory.map(|m| m.current);
         status.reclaimed = running.is_reclaimed();
@@ -73,6 +75,7 @@ pub(crate) fn absent(app: &App, record: Option<&AppRecord>) -> Status {
         window: None,
         cpu_us: None,
         cpu_limit: None,
+        throttled: None,
         memory_bytes: None,
         memory_limit: None,
         swap_bytes: None,
@@ -84,6 +87,11 @@ pub(crate) fn absent(app: &App, record: Option<&AppRecord>) -> Status {
         image_is_old: false,
         leak: None,
     }
+}
+
+/// Per mille.
+fn share(part: u64, whole: u64) -> Option<u32> {
+    u32::try_from(part.saturating_mul(1_000).checked_div(whole)?).ok()
 }
 
 fn ms(duration: Duration) -> u64 {
