@@ -30,6 +30,10 @@ use pingora::{
     services::listening::Service,
 };
 
+/// What is logged unless `RUST_LOG` says otherwise. Pingora calls it an error when a pooled connection is just being put back by
+/// another thread, several times a second under load; it takes another one.
+const LOGGED: &str = "info,pingora_core=warn,pingora_core::connectors=off,pingora_proxy=warn";
+
 /// FastContainer's reverse proxy: finds the app by host name, wakes it if it sleeps, and forwards.
 #[derive(Debug, Parser)]
 #[command(version)]
@@ -81,8 +85,7 @@ fn main() {
 }
 
 fn run(options: Options) -> anyhow::Result<()> {
-    let level =
-        std::env::var("RUST_LOG").unwrap_or_else(|_| "info,pingora_core=warn,pingora_proxy=warn".to_owned());
+    let level = std::env::var("RUST_LOG").unwrap_or_else(|_| LOGGED.to_owned());
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(level).with_target(false).init();
     let state = StateDir::new(std::path::absolute(&options.state)?);
     raise_descriptor_limit();
