@@ -30,10 +30,6 @@ use pingora::{
     services::listening::Service,
 };
 
-/// A request is some hundred small allocations, most of them Pingora's, and glibc's took a sixth of its CPU time.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// What is logged unless `RUST_LOG` says otherwise. Pingora calls it an error when a pooled connection is just being put back by
 /// another thread, several times a second under load; it takes another one.
 const LOGGED: &str = "info,pingora_core=warn,pingora_core::connectors=off,pingora_proxy=warn";
