@@ -13,7 +13,8 @@ use super::oci::{self, ImageConfig, LayerBlob, Layout, OciError, Reference};
 use super::tree::OPAQUE;
 use super::unpack::{Bounds, Form};
 use super::{
-    ImageError, Inner, Layers, Stage, UNFINISHED, archive, key_of, open_dir, remove_tree, tempfile_in,
+    ImageError, Inner, Layers, Refused, Stage, UNFINISHED, archive, key_of, open_dir, remove_tree,
+    tempfile_in,
 };
 
 /// Names of unpacked layers in the store: this and the digest of the layer as it was kept.
@@ -94,7 +95,7 @@ impl Inner {
             image.layers.iter().map(|layer| format!("{LAYER}{}", layer.digest.hex())).collect();
         // Held until the record is there, which holds them from then on.
         let _leases: Vec<_> = layers.iter().chain([&name]).map(|name| self.hold(name)).collect();
-        let mut left = self.room()?;
+        let mut left = self.options.bounds;
         for (layer, name) in image.layers.iter().zip(&layers) {
             let about = self.layer(path, layout, layer, name, &left)?;
             left.bytes = left.bytes.saturating_sub(about.bytes);
@@ -144,8 +145,14 @@ impl Inner {
             make_root(&tree).map_err(|error| ImageError::io(&tree, "make", error))?;
             let root = open_dir(&tree).map_err(|error| ImageError::io(&tree, "open", error))?;
             let blob = layout.layer(layer).map_err(refused)?;
-            let unpacked = archive::unpack_from(blob, root.as_fd(), bounds, Form::Layer)
-                .map_err(|why| refused(OciError::Layer { digest: layer.digest.clone(), refused: why }))?;
+            let room = self.room()?;
+            let scarce = room.bytes < bounds.bytes;
+            let bounds = Bounds { bytes: bounds.bytes.min(room.bytes), ..*bounds };
+            let unpacked = archive::unpack_from(blob, root.as_fd(), &bounds, Form::Layer);
+            let unpacked = unpacked.map_err(|why| match why {
+                Refused::Bounds { what: "bytes", .. } if scarce => self.full(),
+                why => refused(OciError::Layer { digest: layer.digest.clone(), refused: why }),
+            })?;
             if unpacked.digest != layer.digest {
                 let (told, found) = (layer.digest.clone(), unpacked.digest);
                 return Err(refused(OciError::Digest { what: "layer", told, found }));
