@@ -42,7 +42,8 @@ pub struct App {
 /// `[container]`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Container {
-    /// `dir:`, `tar:` or `oci:` and an absolute path (relative paths of the file are resolved by the parser).
+    /// `dir:`, `tar:` or `oci:` and an absolute path (relative paths of the file are resolved by the parser), `docker://…`
+    /// or `git+…`.
     pub image: String,
     /// Program and arguments; empty: the image's own.
     pub command: Vec<String>,
@@ -92,6 +93,9 @@ pub struct Lifecycle {
     pub start_timeout: Duration,
     /// Idle time until the instance is frozen; `None`: never.
     pub freeze_after: Option<Duration>,
+    /// Idle time until a frozen instance's memory is reclaimed; `None`: only when the host's memory gets short.
+    #[serde(default)]
+    pub reclaim_after: Option<Duration>,
     /// Idle time until the instance ends; `None`: never.
     pub idle_timeout: Option<Duration>,
     /// Age at which an instance is replaced; `None`: never.
@@ -154,6 +158,17 @@ pub struct Hold {
     pub timeout: Duration,
     /// Whether browsers that navigate get a waiting page instead.
     pub page: bool,
+    /// How long they are held before.
+    #[serde(default = "Hold::usual_page_after")]
+    pub page_after: Duration,
+}
+
+impl Hold {
+    /// `page-after` where none is given.
+    #[must_use]
+    pub fn usual_page_after() -> Duration {
+        Duration::from_millis(500)
+    }
 }
 
 /// An app's name: 1 to 63 of `a-z 0-9 - _ .`, beginning with a letter or digit. Safe as a file name, a cgroup's name and in logs.

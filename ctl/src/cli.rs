@@ -93,6 +93,9 @@ pub(crate) enum Command {
     /// Run an app's hooks for a signal
     #[command(after_help = SIGNAL)]
     Signal(Signal),
+    /// Show the images of all apps, and how far their preparation is
+    #[command(after_help = IMAGES)]
+    Images,
     /// Explain where the time of one request went
     #[command(after_help = WHY)]
     Why(Why),
@@ -146,6 +149,26 @@ pub(crate) struct Up {
     /// Name server of apps that reach the internet; may be given several times. This host's own otherwise
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) network_dns: Vec<IpAddr>,
+    /// Most bytes that unpacked images may take, such as 20GiB
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) image_space: Option<Bytes>,
+    /// User and password for registries: a file as `docker login` writes it (~/.docker/config.json)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) registry_auth: Option<PathBuf>,
+    /// A registry that is spoken to without TLS (those of the loopback are anyway); may be given several times
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) insecure_registry: Vec<String>,
+    /// Memory that is to stay available, such as 2GiB; below it idle apps are frozen, reclaimed and at last stopped. By default a
+    /// tenth of the host's
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory_low: Option<Bytes>,
+    /// Per cent of the time in which something waits for memory that count as short, while less than three times --memory-low
+    /// is available
+    #[arg(long, value_name = "PERCENT", default_value_t = 10, value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub(crate) memory_stall: u8,
+    /// Read instead of /proc/meminfo; for tests
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub(crate) meminfo: Option<PathBuf>,
 }
 
 const CHECK: &str = "\
@@ -343,6 +366,14 @@ pub(crate) struct Signal {
     /// The signal's name: HUP, INT, USR1, USR2 or WINCH
     pub(crate) signal: String,
 }
+
+const IMAGES: &str = "\
+Images are prepared (fetched, unpacked, verified) as soon as a vhost file names them, looked at again every ten minutes and
+at each start, and removed when no file names them and no instance runs on them.
+
+Examples:
+  sudo fastcontainer images
+  sudo fastcontainer images --json | jq '.[] | select(.state == \"failed\")'";
 
 const WHY: &str = "\
 Without an id: the last requests, each with its id. Ids are in the access log (STATE/proxy/access.log) and on error pages

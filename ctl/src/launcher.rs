@@ -37,7 +37,7 @@ pub(crate) async fn list<T: Send>(
 /// All lines of `ps`.
 pub(crate) async fn statuses(client: &Client, app: Option<cmdb::AppName>) -> Result<Vec<Status>, Failure> {
     list(client, Request::Ps { app }, |reply| match reply {
-        Reply::Status(status) => Some(status),
+        Reply::Status(status) => Some(*status),
         _ => None,
     })
     .await

@@ -6,6 +6,7 @@ mod cli;
 mod control;
 mod events;
 mod failure;
+mod images;
 mod launcher;
 mod logs;
 mod output;
@@ -56,6 +57,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Scale(options) => control::scale(global, options, &mut out).await?,
         Command::Signal(options) => control::signal(global, options, &mut out).await?,
         Command::Usage(options) => usage::run(global, options, &mut out).await?,
+        Command::Images => images::run(global, &mut out).await?,
         Command::Why(options) => why::run(global, &options, &mut out).await?,
     }
     out.flush()

@@ -142,7 +142,7 @@ fn row(status: &Status, wide: bool) -> Vec<String> {
     let mut row = vec![
         status.app.to_string(),
         or_dash(generation),
-        text::clean(&status.state).into_owned(),
+        tier(status),
         or_dash(status.pid.map(|pid| pid.to_string())),
         or_dash(status.age_ms.map(text::duration_ms)),
         or_dash(status.idle_ms.map(text::duration_ms)),
@@ -155,10 +155,14 @@ fn row(status: &Status, wide: bool) -> Vec<String> {
                 .and(Some(status.cpu_limit.map_or("∞".to_owned(), |c| Millicores(c).to_string()))),
         ),
         of(
-            status.memory_bytes.map(|bytes| Bytes(bytes).to_string()),
+            status.memory_bytes.map(|bytes| memory(bytes, status.swap_bytes.unwrap_or(0))),
             status.memory_limit.map(|bytes| Bytes(bytes).to_string()),
         ),
-        or_dash(Some(text::clean(&status.image).into_owned()).filter(|image| !image.is_empty())),
+        match text::clean(&status.image) {
+            image if image.is_empty() => "-".to_owned(),
+            image if status.image_is_old => format!("{image} (old)"),
+            image => image.into_owned(),
+        },
     ];
     if wide {
         let times = |window: &Window| {
@@ -173,6 +177,17 @@ fn row(status: &Status, wide: bool) -> Vec<String> {
         ]);
     }
     row
+}
+
+/// The state, and how deep the sleep is.
+fn tier(status: &Status) -> String {
+    let state = text::clean(&status.state);
+    if status.reclaimed { format!("{state}, reclaimed") } else { state.into_owned() }
+}
+
+/// What it holds in memory, and in swap if anything.
+fn memory(bytes: u64, swap: u64) -> String {
+    if swap > 0 { format!("{}+{} swap", Bytes(bytes), Bytes(swap)) } else { Bytes(bytes).to_string() }
 }
 
 /// `used/limit`, or what is known of it.
@@ -207,11 +222,14 @@ mod tests {
             cpu_limit: Some(300),
             memory_bytes: Some(3 << 20),
             memory_limit: Some(64 << 20),
+            swap_bytes: Some(0),
+            reclaimed: false,
             pids: Some(3),
             image: "sha256:0123456789ab".into(),
             overrides: Vec::new(),
             decision: None,
             leak: None,
+            image_is_old: false,
         }
     }
 
@@ -231,6 +249,7 @@ mod tests {
             cpu_limit: None,
             memory_bytes: None,
             memory_limit: None,
+            swap_bytes: None,
             pids: None,
             image: String::new(),
             ..ready()
@@ -270,6 +289,22 @@ mod tests {
         let notes = notes(&[absent(), set.clone(), set], false);
 
         assert_eq!(notes, ["hello: set by the operator: scale.min = 2 (vhost file: 0)"]);
+    }
+
+    #[test]
+    fn a_deep_sleep_shows_with_what_it_holds() {
+        let asleep = Status {
+            state: "frozen".into(),
+            reclaimed: true,
+            memory_bytes: Some(1 << 20),
+            swap_bytes: Some(40 << 20),
+            ..ready()
+        };
+
+        let lines = lines(&[asleep], false);
+
+        assert!(lines[1].contains("frozen, reclaimed"), "{}", lines[1]);
+        assert!(lines[1].contains("1MiB+40MiB swap/64MiB"), "{}", lines[1]);
     }
 
     #[test]

@@ -24,11 +24,12 @@ use tokio::{
 use crate::{
     api::{self, Identities},
     cgroup::Cgroups,
+    descent,
     events::Events,
     governor::{Governor, HostGauge},
     hooks::{self, Folder, Hooks},
     host::{Host, Parts},
-    image::ImageStore,
+    image::{self, ImageStore},
     instance::Adoption,
     keeper::{Found, Keeper, KeeperEvent},
     ledger::Ledger,
@@ -38,8 +39,12 @@ use crate::{
     supervisor::Message,
 };
 
+pub use descent::MemoryWatch;
+
 /// How long the end of all instances may take before the spawner is ended with whatever it still has.
 const END_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long requests wait for instances that cannot be picked up at once.
+const ADOPTION_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a start waits for an earlier daemon of the same state folder to end.
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -68,17 +73,35 @@ pub struct Config {
     pub network_pool: Option<ipnet::Ipv4Net>,
     /// Name servers of containers that reach the internet; empty: this host's.
     pub network_dns: Vec<std::net::IpAddr>,
+    /// When the host's memory is short.
+    pub memory: MemoryWatch,
     /// This program, to be started as the spawner.
     pub exe: PathBuf,
+    /// Bytes that all images together may take.
+    pub image_space: u64,
+    /// User and password for registries.
+    pub registry_auth: Option<PathBuf>,
+    /// Registries that are spoken to without TLS.
+    pub insecure_registries: Vec<String>,
 }
 
-/// Runs the daemon until SIGTERM or SIGINT.
+/// Why the daemon has ended.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Ended {
+    /// It was told to, and every instance has ended with it.
+    Whole,
+    /// The program is to be started anew in this process; the instances go on meanwhile.
+    ForAnother,
+}
+
+/// Runs the daemon until SIGTERM or SIGINT, or until SIGUSR2 asks for the program to be started anew.
 ///
 /// # Errors
 /// Whatever keeps it from starting, with what to do about it. Once it serves, it goes on.
-pub async fn run(config: Config) -> Result<()> {
+pub async fn run(config: Config) -> Result<Ended> {
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be handled")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be handled")?;
+    let mut upgrade = signal(SignalKind::user_defined2()).context("SIGUSR2 cannot be handled")?;
 
     make_folders(&config)?;
     let _lock = lock(&config.state.launcher()).await?;
@@ -100,7 +123,8 @@ pub async fn run(config: Config) -> Result<()> {
         store: Arc::new(store),
         keeper: spawner.keeper,
         cgroups: cgroups.clone(),
-        images: ImageStore::new(&config.state.launcher().join("images")).context("the image store")?,
+        images: ImageStore::new(&config.state.launcher().join("images"), image_options(&config))
+            .context("the image store")?,
         hooks: Hooks::new(hooks::Parts {
             folder: config.hooks.as_deref().map(Folder::open).transpose().context("the hooks folder")?,
             uid: config.hook_user.0,
@@ -114,7 +138,7 @@ pub async fn run(config: Config) -> Result<()> {
         events,
         ledger,
         staging: config.state.launcher().join("staging"),
-        datapool: open_datapool(config.datapool.as_deref())?,
+        datapool: datapool(config.datapool.as_deref())?,
         governor: Governor::new(
             config.governor,
             config.keep_free.unwrap_or_else(HostGauge::usual_reserve),
@@ -133,7 +157,7 @@ pub async fn run(config: Config) -> Result<()> {
     host.outbound.resume(&links).await;
     tokio::spawn(outbound::keep(Arc::clone(&host)));
     tokio::spawn(route_events(Arc::clone(&host), spawner.events));
-    adopt(&host, adoptions);
+    adopt(&host, adoptions).await;
 
     let path = config.state.launcher_socket();
     let listener = api::bind(&path, config.gid).context("the launcher's socket")?;
@@ -143,15 +167,33 @@ pub async fn run(config: Config) -> Result<()> {
         drop(host.supervisor(&app.name));
     }
 
+    let preparation = tokio::spawn(crate::preparation::run(Arc::clone(&host)));
+    tokio::spawn(descent::watch(Arc::clone(&host), config.memory));
+
     let by = tokio::select! {
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
+        _ = upgrade.recv() => {
+            let message = "SIGUSR2: the launcher starts anew, as the program is now; running apps go on".to_owned();
+            host.events.emit("launcher-upgrading", None, None, message);
+            return Ok(Ended::ForAnother);
+        }
     };
     host.events.emit("launcher-ending", None, None, format!("{by}: every instance is being ended"));
     api.abort();
+    preparation.abort();
     end_everything(&host).await;
     let _ = fs::remove_file(&path);
-    Ok(())
+    Ok(Ended::Whole)
+}
+
+fn image_options(config: &Config) -> image::Options {
+    image::Options {
+        space: config.image_space,
+        registry_auth: config.registry_auth.clone(),
+        insecure_registries: config.insecure_registries.clone(),
+        ..image::Options::new(config.exe.clone(), config.state.fetch())
+    }
 }
 
 fn make_folders(config: &Config) -> Result<()> {
@@ -168,6 +210,8 @@ fn make_folders(config: &Config) -> Result<()> {
     make(config.state.root(), 0o755)?;
     make(&config.state.launcher(), 0o700)?;
     make(&config.state.launcher().join("staging"), 0o700)?;
+    // Fetchers are nobody, and walk through here to a folder of their own.
+    make(&config.state.fetch(), 0o711)?;
     make(&config.state.run(), 0o711)
 }
 
@@ -245,6 +289,8 @@ fn leftover(found: Found, store: &dyn Store) -> Option<Leftover> {
         port: state.listening?.port,
         outputs: found.outputs,
         tag: serde_json::from_str(&state.note).ok()?,
+        under_way: None,
+        image: None,
     };
     Some(Leftover { id: state.id, app, adoption })
 }
@@ -261,8 +307,14 @@ async fn clear_leftovers(cgroups: &Cgroups, adoptions: &[Leftover], ledger: &Led
     }
 }
 
-fn adopt(host: &Arc<Host>, adoptions: Vec<Leftover>) {
-    for Leftover { id, app, adoption } in adoptions {
+/// Has the instances supervised again, and waits until they are: a proxy that asks earlier would hear that an instance on
+/// which it serves requests does not exist.
+async fn adopt(host: &Arc<Host>, adoptions: Vec<Leftover>) {
+    let mut under_way = Vec::with_capacity(adoptions.len());
+    for Leftover { id, app, mut adoption } in adoptions {
+        let (sender, done) = oneshot::channel();
+        adoption.under_way = Some(sender);
+        adoption.image = Some(host.images.lease(&adoption.tag.image));
         let supervisor = match host.supervisor(&app) {
             Ok(supervisor) if host.claim_ids(&app, adoption.tag.id_base) => supervisor,
             _ => {
@@ -272,6 +324,15 @@ fn adopt(host: &Arc<Host>, adoptions: Vec<Leftover>) {
             }
         };
         let _ = supervisor.send(Message::Adopt(Generation(id.generation), Box::new(adoption)));
+        under_way.push(done);
+    }
+    let all = async {
+        for done in under_way {
+            let _ = done.await;
+        }
+    };
+    if tokio::time::timeout(ADOPTION_TIMEOUT, all).await.is_err() {
+        tracing::warn!("not every instance of the earlier launcher could be picked up in time");
     }
 }
 
@@ -310,12 +371,10 @@ async fn end_everything(host: &Arc<Host>) {
     }
 }
 
-fn open_datapool(path: Option<&Path>) -> Result<Option<std::os::fd::OwnedFd>> {
-    use rustix::fs::{Mode, OFlags};
-    let Some(path) = path else { return Ok(None) };
-    let fd = rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .with_context(|| format!("the DataPool {} cannot be opened", path.display()))?;
-    Ok(Some(fd))
+/// Looked at no further: a dead network file system must not keep the launcher from starting. Apps with volumes say what is wrong.
+fn datapool(path: Option<&Path>) -> Result<Option<PathBuf>> {
+    let absolute = |path| std::path::absolute(path).context("the DataPool's path");
+    path.map(absolute).transpose()
 }
 
 fn node_name() -> String {

@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    os::fd::OwnedFd,
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -66,7 +65,7 @@ pub struct Host {
     /// An empty directory on which each container stages its root, in its own mount namespace.
     pub staging: PathBuf,
     /// The DataPool; `None` where none is configured.
-    pub datapool: Option<OwnedFd>,
+    pub datapool: Option<PathBuf>,
     /// Events of the spawner find their instance's task here.
     pub routes: Mutex<HashMap<ContainerId, mpsc::UnboundedSender<KeeperEvent>>>,
     /// Instances that listen.
@@ -123,7 +122,7 @@ pub struct Parts {
     /// See [`Host::staging`].
     pub staging: PathBuf,
     /// See [`Host::datapool`].
-    pub datapool: Option<OwnedFd>,
+    pub datapool: Option<PathBuf>,
     /// See [`Host::governor`].
     pub governor: Arc<Governor>,
     /// See [`Host::overrides`].

@@ -18,7 +18,7 @@ use crate::{
     governor::{Slot, Why},
     host::{Host, lock},
     image::Lease,
-    keeper::{Created, Exit, KeeperError, KeeperEvent, Listening},
+    keeper::{Exit, KeeperError, KeeperEvent, Listening},
     network::NetSockets,
     outbound::Link,
     output::{Capture, Output},
@@ -130,7 +130,7 @@ pub struct Launch {
 
 /// A container whose process exists.
 struct Made {
-    created: Created,
+    pid: i32,
     group: Arc<Group>,
     sockets: NetSockets,
     trace: Trace,
@@ -169,13 +169,15 @@ impl Launch {
         events: &mut mpsc::UnboundedReceiver<KeeperEvent>,
     ) -> End {
         let deadline = Instant::now() + self.app.lifecycle.start_timeout;
-        match tokio::time::timeout_at(deadline, self.make(trace, captures, events)).await {
+        // Boxed: an instance lives long after it was made, and what making it needs is to be free by then.
+        let making = Box::pin(self.make(trace, captures, events));
+        match tokio::time::timeout_at(deadline, making).await {
             Ok(Ok(made)) => self.live(made, events, deadline).await,
             Ok(Err(end)) => end,
             Err(_) => {
                 // `create` may have come to pass all the same: then it is ended like any other.
                 self.host.keeper.kill(container, SIGKILL);
-                self.timed_out("was not made")
+                self.timed_out(&self.why_not_made())
             }
         }
     }
@@ -239,7 +241,6 @@ impl Launch {
 
         let mut link = self.host.outbound.prepare(&self.app).await.map_err(|e| self.cannot(&e))?;
         let (gate, opener) = gate(link.is_some()).map_err(|e| self.cannot(&e))?;
-        let volumes = self.open_volumes().await?;
         let (stdout, spare_out, capture) =
             self.output.capture(self.generation, "stdout").map_err(|e| self.cannot(&e))?;
         captures.push(capture);
@@ -250,23 +251,13 @@ impl Launch {
         let (port, stop_signal) = (plan.port, image.config.stop_signal());
         let outputs = vec![spare_out, spare_err];
         let hosts = link.as_mut().and_then(|link| link.hosts.take());
-        let fds = PlanFds {
-            layers: image.fds,
-            volumes,
-            cgroup_tasks,
-            cgroup_dir,
-            hosts,
-            gate,
-            stdout,
-            stderr,
-            outputs,
-        };
+        let fds =
+            PlanFds { layers: image.fds, cgroup_tasks, cgroup_dir, hosts, gate, stdout, stderr, outputs };
         let created = self.host.keeper.create(plan, fds).await.map_err(|e| self.not_created(&e))?;
 
         let group = Arc::new(group);
         let pid = created.pid;
-        let pidfd = created.pidfd.try_clone().map_err(|e| self.cannot(&e))?;
-        let sockets = match self.host.netns.open(pidfd).await {
+        let sockets = match self.host.netns.open(created.pidfd).await {
             Ok(sockets) => sockets,
             Err(error) => {
                 self.host.keeper.kill(&container, SIGKILL);
@@ -285,7 +276,7 @@ impl Launch {
             }
         }
         Ok(Made {
-            created,
+            pid,
             group,
             sockets,
             trace,
@@ -295,6 +286,14 @@ impl Launch {
             stop_signal,
             listens: None,
         })
+    }
+
+    fn why_not_made(&self) -> String {
+        let image = &self.app.container.image;
+        match self.host.images.preparation(image).and_then(|preparation| preparation.why_not()) {
+            Some(why) => format!("was not made: image {image} {why};"),
+            None => "was not made".to_owned(),
+        }
     }
 
     /// A process that ended before its network could be entered has a cause of its own to tell.
@@ -331,6 +330,7 @@ impl Launch {
         let mut failure: Option<End> = None;
         let mut listens = made.listens.is_some();
         let mut attendants = self.attendants(&made);
+        let mut runs = listens;
         if let Some(port) = made.listens {
             self.publish(&made, port, trace.unknown());
             attendants.goes_on(port, trace.begun_unix_us());
@@ -342,6 +342,7 @@ impl Launch {
             tokio::select! {
                 event = events.recv() => match event {
                     Some(KeeperEvent::Execed { timings, notify, at_us, .. }) => {
+                        runs = true;
                         trace.execed(timings.into_iter().map(step), at_us);
                         attendants.started();
                         if !notify && let Some(port) = made.port {
@@ -417,8 +418,11 @@ impl Launch {
                 },
                 () = sleep_until(deadline) => {
                     if kill_at.is_none() {
-                        let held = attendants.delays_readiness();
-                        failure = Some(self.timed_out(if held { "was held up by its hooks" } else { "does not listen" }));
+                        failure = Some(match runs {
+                            true if attendants.delays_readiness() => self.timed_out("was held up by its hooks"),
+                            true => self.timed_out("does not listen"),
+                            false => self.not_made_in_time(made.pid),
+                        });
                     }
                     self.host.keeper.kill(&container, SIGKILL);
                     kill_at = Some(Instant::now() + Duration::from_secs(5));
@@ -430,7 +434,7 @@ impl Launch {
     /// Its stop signal; returns when SIGKILL is to follow.
     fn tell_to_end(&self, made: &Made, grace: Duration) -> Instant {
         let container = self.container();
-        if !grace.is_zero() && handles(made.created.pid, made.stop_signal) {
+        if !grace.is_zero() && handles(made.pid, made.stop_signal) {
             self.host.keeper.kill(&container, made.stop_signal);
             return Instant::now() + grace;
         }
@@ -442,7 +446,7 @@ impl Launch {
     fn publish(&self, made: &Made, port: u16, timing: WakeTiming) {
         let live = Arc::new(Live {
             id: self.id(),
-            pid: made.created.pid,
+            pid: made.pid,
             group: Arc::clone(&made.group),
             sockets: made.sockets.clone(),
             port,
@@ -509,6 +513,17 @@ impl Launch {
         let limit = self.app.lifecycle.start_timeout;
         let port = self.app.container.port.map_or(String::new(), |p| format!(" on port {p}"));
         let reason = format!("{what}{port} within its start-timeout of {limit:?}");
+        End { code: RefusalCode::StartTimeout, reason, oom: false }
+    }
+
+    /// The container's first process is still on its way to the app's program.
+    fn not_made_in_time(&self, pid: i32) -> End {
+        let limit = self.app.lifecycle.start_timeout;
+        let waits = std::fs::read_to_string(format!("/proc/{pid}/wchan")).unwrap_or_default();
+        let waits =
+            if waits.len() > 1 { format!(" (it waits in the kernel's {waits})") } else { String::new() };
+        let volumes = if self.app.volumes.is_empty() { "" } else { "; does the DataPool hang?" };
+        let reason = format!("was not made within its start-timeout of {limit:?}{waits}{volumes}");
         End { code: RefusalCode::StartTimeout, reason, oom: false }
     }
 

@@ -3,11 +3,14 @@
 
 pub mod api;
 mod asyncfd;
+pub mod backlog;
 pub mod cgroup;
 mod clock;
 pub mod daemon;
+mod descent;
 pub mod events;
 pub mod faults;
+pub mod fetch;
 pub mod governor;
 pub mod hooks;
 pub mod host;
@@ -21,9 +24,12 @@ pub mod network;
 pub mod outbound;
 pub mod output;
 pub mod overrides;
+pub mod preparation;
 pub mod ready;
+pub mod reclaim;
 pub mod sandbox;
 pub mod scaler;
 pub mod spawner;
 pub mod supervisor;
+pub mod tiers;
 mod trace;

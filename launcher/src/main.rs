@@ -1,15 +1,28 @@
 //! `fastcontainer-launcher`: the daemon, and with `spawner` the small process that makes containers.
 #![forbid(unsafe_code)]
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    os::unix::process::CommandExt as _,
+    path::PathBuf,
+    process::{Command, ExitCode},
+    time::Duration,
+};
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use cmdb::units::Bytes;
-use launcher::{api::Identities, daemon, hooks};
+use launcher::{
+    api::Identities,
+    daemon::{self, Ended},
+    hooks,
+};
 use launcher_client::{
     GovernorMode,
     paths::{COREAPI_UID, DEFAULT_STATE, GROUP_ID, PROXY_UID, StateDir},
 };
+
+/// How long an end waits for work that cannot be interrupted, such as reading a file of a slow disk.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Creates, limits, watches and ends containers. Runs as root; `fastcontainer up` starts it.
 #[derive(Debug, Parser)]
@@ -45,6 +58,17 @@ struct Arguments {
     /// Name server of containers that reach the internet; may be given several times. This host's own otherwise.
     #[arg(long, value_name = "ADDRESS")]
     network_dns: Vec<std::net::IpAddr>,
+    /// Most bytes that unpacked images may take, such as 20GiB.
+    #[arg(long, value_name = "SIZE")]
+    image_space: Option<Bytes>,
+    /// User and password for registries: a file as `docker login` writes it.
+    #[arg(long, value_name = "FILE")]
+    registry_auth: Option<PathBuf>,
+    /// A registry that is spoken to without TLS.
+    #[arg(long, value_name = "HOST:PORT")]
+    insecure_registry: Vec<String>,
+    #[command(flatten)]
+    memory: Memory,
     /// Group that may reach the socket.
     #[arg(long, default_value_t = GROUP_ID)]
     gid: u32,
@@ -59,6 +83,24 @@ struct Arguments {
     die_with_parent: bool,
 }
 
+/// When the host's memory is short, so that idle apps are put to a deeper sleep.
+#[derive(Debug, clap::Args)]
+struct Memory {
+    /// Memory that is to stay available, such as 1GiB; by default a tenth of the host's.
+    #[arg(long, value_name = "SIZE")]
+    memory_low: Option<Bytes>,
+    /// Time in which something waits for memory that is too much, per cent; counts only while less than three times
+    /// --memory-low is available.
+    #[arg(long, value_name = "PERCENT", default_value_t = 10)]
+    memory_stall: u8,
+    /// Read instead of /proc/meminfo. For tests.
+    #[arg(long, hide = true, default_value = "/proc/meminfo")]
+    meminfo: PathBuf,
+    /// Read instead of /proc/pressure/memory. For tests.
+    #[arg(long, hide = true, default_value = "/proc/pressure/memory")]
+    memory_pressure: PathBuf,
+}
+
 #[derive(Debug, Subcommand)]
 enum Part {
     /// Makes containers and outlives the daemon that started it. Not for people.
@@ -67,6 +109,15 @@ enum Part {
     /// Becomes the program of a hook. Not for people.
     #[command(hide = true)]
     HookExec(HookExec),
+    /// Fetches an image, without any privilege. Not for people.
+    #[command(hide = true)]
+    Fetch,
+    /// Has the kernel reclaim memory: writes `ORDER` to its standard output, which takes as long as the work. Not for people.
+    #[command(hide = true)]
+    Reclaim {
+        /// What to write.
+        order: String,
+    },
 }
 
 #[derive(clap::Args, Debug)]
@@ -106,6 +157,8 @@ fn main() -> ExitCode {
             eprintln!("{}", hooks::exec(&hooks::Exec { uid, gid, join, env, argv }));
             return ExitCode::from(126);
         }
+        Some(Part::Fetch) => return launcher::fetch::run(),
+        Some(Part::Reclaim { order }) => return launcher::reclaim::run(&order),
         None => {}
     }
     tracing_subscriber::fmt()
@@ -146,11 +199,25 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
         keep_free: arguments.keep_free.map(|bytes| bytes.0),
         network_pool: arguments.network_pool,
         network_dns: arguments.network_dns,
+        memory: daemon::MemoryWatch {
+            low: arguments.memory.memory_low.map(|bytes| bytes.0),
+            stalled: u32::from(arguments.memory.memory_stall) * 10,
+            meminfo: arguments.memory.meminfo,
+            pressure: arguments.memory.memory_pressure,
+        },
         exe: std::env::current_exe()?,
+        image_space: arguments.image_space.map_or(u64::MAX, |space| space.0),
+        registry_auth: arguments.registry_auth,
+        insecure_registries: arguments.insecure_registry,
     };
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?
-        .block_on(daemon::run(config))
+    let exe = config.exe.clone();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let ended = runtime.block_on(daemon::run(config))?;
+    runtime.shutdown_timeout(PATIENCE);
+    if ended == Ended::ForAnother {
+        // In the same process: whoever supervises it sees no end. All descriptors close, as they do in a death.
+        let error = Command::new(&exe).args(std::env::args_os().skip(1)).exec();
+        return Err(error).with_context(|| format!("{} cannot be started", exe.display()));
+    }
+    Ok(())
 }

@@ -1,9 +1,8 @@
-//! What the kernel knows of an app's slowness: throttled periods, connections that nobody accepts, a busy host.
+//! What the kernel knows of an app's slowness: throttled periods, a busy host. (The listen queue: [`crate::backlog`].)
 
 use std::{
     collections::VecDeque,
     fs,
-    io::Read as _,
     sync::Mutex,
     time::{Duration, Instant},
 };
@@ -17,11 +16,6 @@ use crate::{
 const REACH: Duration = Duration::from_millis(350);
 /// The host's figures are taken over at least this time.
 const HOST_REACH: Duration = Duration::from_millis(300);
-/// Listening sockets stand first in the kernel's table, so that its begin is enough.
-const TABLE_BEGIN: u64 = 4096;
-/// `TCP_LISTEN` in that table.
-const LISTEN: &str = "0A";
-
 /// The recent past of one instance.
 #[derive(Debug, Default)]
 pub struct Monitor {
@@ -99,31 +93,6 @@ impl Monitor {
     }
 }
 
-/// Connections to `port` of that process's network namespace that are made and not accepted.
-#[must_use]
-pub fn listen_queue(pid: i32, port: u16) -> u32 {
-    ["tcp", "tcp6"].iter().map(|table| queue_in(&begin_of(&format!("/proc/{pid}/net/{table}")), port)).sum()
-}
-
-fn begin_of(path: &str) -> String {
-    let mut bytes = Vec::new();
-    // A process that has gone has no queue.
-    let _ = fs::File::open(path).and_then(|file| file.take(TABLE_BEGIN).read_to_end(&mut bytes));
-    String::from_utf8_lossy(&bytes).into_owned()
-}
-
-fn queue_in(table: &str, port: u16) -> u32 {
-    let of_line = |line: &str| {
-        let mut words = line.split_ascii_whitespace();
-        let local = words.nth(1)?;
-        let state = words.nth(1)?;
-        let queues = words.next()?;
-        let here = u16::from_str_radix(local.rsplit(':').next()?, 16).ok()? == port && state == LISTEN;
-        here.then(|| queues.rsplit(':').next().and_then(|rx| u32::from_str_radix(rx, 16).ok()))?
-    };
-    table.lines().skip(1).filter_map(of_line).sum()
-}
-
 impl HostMeter {
     /// The load over the last moments; the first call knows of none yet.
     pub fn load(&self, now: Instant) -> HostLoad {
@@ -175,12 +144,12 @@ impl HostSample {
     }
 }
 
-fn per_mille(part: u64, whole: u64) -> u32 {
+pub(crate) fn per_mille(part: u64, whole: u64) -> u32 {
     let share = part.saturating_mul(1_000).checked_div(whole).unwrap_or(0);
     u32::try_from(share.min(1_000)).unwrap_or(1_000)
 }
 
-fn stalled_us(pressure: &str) -> u64 {
+pub(crate) fn stalled_us(pressure: &str) -> u64 {
     let some = pressure.lines().find(|line| line.starts_with("some")).unwrap_or_default();
     some.rsplit("total=").next().and_then(|total| total.trim().parse().ok()).unwrap_or(0)
 }
@@ -188,26 +157,6 @@ fn stalled_us(pressure: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_length_of_a_listen_queue_is_read_from_the_kernels_table() {
-        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid\n   \
-                     0: 00000000:1F90 00000000:0000 0A 00000000:0000000C 00:00000000 00000000     0\n   \
-                     1: 00000000:1F91 00000000:0000 0A 00000000:00000003 00:00000000 00000000     0\n   \
-                     2: 0100007F:1F90 0100007F:3599 01 00000000:00000333 03:00000329 00000000     0\n";
-        assert_eq!(queue_in(table, 8080), 12);
-        assert_eq!(queue_in(table, 80), 0);
-        assert_eq!(queue_in("", 8080), 0);
-    }
-
-    #[test]
-    fn connections_that_nobody_accepts_are_counted() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let pid = i32::try_from(std::process::id()).unwrap();
-        let _waiting: Vec<_> = (0..3).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
-        assert_eq!(listen_queue(pid, address.port()), 3);
-    }
 
     #[test]
     fn work_of_low_priority_leaves_the_host_free() {

@@ -9,8 +9,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use nix::sched::{CloneFlags, setns};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, netlink, sockopt};
 use tokio::sync::oneshot;
+
+use crate::backlog::Backlog;
 
 /// At most so many sockets are made at once.
 pub const MAX_SOCKETS: usize = 253;
@@ -52,6 +54,8 @@ enum Want {
     Sockets(Family, usize),
     /// A netlink socket, to give the namespace addresses and routes.
     Netlink,
+    /// One that answers questions about the namespace's sockets.
+    Diagnosis,
 }
 
 impl NetNs {
@@ -82,6 +86,15 @@ impl NetNs {
         count: usize,
     ) -> io::Result<Vec<OwnedFd>> {
         self.ask(target, Want::Sockets(family, count.min(MAX_SOCKETS))).await
+    }
+
+    /// Makes a non-blocking netlink socket of `NETLINK_SOCK_DIAG` in the namespace.
+    ///
+    /// # Errors
+    /// Those of `setns` and `socket`.
+    pub async fn make_diagnosis(&self, target: Arc<OwnedFd>) -> io::Result<OwnedFd> {
+        let mut made = self.ask(target, Want::Diagnosis).await?;
+        made.pop().ok_or_else(|| io::Error::other("no socket"))
     }
 
     async fn ask(&self, target: Arc<OwnedFd>, want: Want) -> io::Result<Vec<OwnedFd>> {
@@ -122,6 +135,14 @@ impl NetSockets {
     /// Those of `setns` and `socket`.
     pub async fn take(&self, count: usize) -> io::Result<Vec<OwnedFd>> {
         self.take_family(Family::V4, count).await
+    }
+
+    /// What tells the length of the queue before `port`.
+    ///
+    /// # Errors
+    /// Those of `setns` and `socket`.
+    pub async fn backlog(&self, port: u16) -> io::Result<Backlog> {
+        Ok(Backlog::new(self.maker.make_diagnosis(self.netns.clone()).await?, port))
     }
 
     /// As [`NetSockets::take`], for an IP version.
@@ -167,6 +188,12 @@ fn work(home: &File, jobs: &mpsc::Receiver<Job>) {
 fn make(want: Want) -> io::Result<Vec<OwnedFd>> {
     match want {
         Want::Namespace => Ok(vec![File::open("/proc/thread-self/ns/net")?.into()]),
+        Want::Diagnosis => {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let protocol = Some(netlink::SOCK_DIAG);
+            let made = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::DGRAM, flags, protocol)?;
+            Ok(vec![made])
+        }
         Want::Sockets(family, count) => (0..count).map(|_| socket(family)).collect(),
         Want::Netlink => Ok(vec![rtnl_socket()?]),
     }

@@ -10,7 +10,7 @@ use std::{
 
 use cmdb::Generation;
 use launcher_client::wire::LogLine;
-use tokio::{io::AsyncReadExt, net::unix::pipe};
+use tokio::net::unix::pipe;
 
 use crate::clock::unix_ms;
 
@@ -122,20 +122,18 @@ impl Capture {
     }
 }
 
-async fn read_lines(
-    output: Arc<Output>,
-    mut pipe: pipe::Receiver,
-    generation: Generation,
-    stream: &'static str,
-) {
-    let mut buffer = vec![0u8; BUFFER];
+async fn read_lines(output: Arc<Output>, pipe: pipe::Receiver, generation: Generation, stream: &'static str) {
     let mut partial: Vec<u8> = Vec::new();
-    loop {
-        let read = match pipe.read(&mut buffer).await {
-            Ok(0) | Err(_) => break,
-            Ok(read) => read,
-        };
-        for byte in &buffer[..read] {
+    // A buffer is there only while something is read: most apps say nothing most of the time, and there are thousands.
+    while pipe.readable().await.is_ok() {
+        let mut buffer = Vec::with_capacity(BUFFER);
+        match pipe.try_read_buf(&mut buffer) {
+            Ok(0) => break,
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(_) => break,
+        }
+        for byte in &buffer {
             if *byte == b'\n' {
                 output.push(generation, stream, &partial);
                 partial.clear();
@@ -143,7 +141,9 @@ async fn read_lines(
                 partial.push(*byte);
             }
         }
-        if read == BUFFER {
+        let full = buffer.len() == buffer.capacity();
+        drop(buffer);
+        if full {
             tokio::time::sleep(REST).await;
         }
     }

@@ -20,7 +20,7 @@ pub const FEW: u32 = 4;
 /// Fewest throttled periods that say something about the quota.
 const FEW_PERIODS: u64 = 3;
 /// The host is full when it is busy for so much of the time, per mille.
-const HOST_FULL: u32 = 970;
+pub const HOST_FULL: u32 = 970;
 /// An app is short of CPU when it waits for some for so much of the time, per mille.
 const CPU_SHORT: u32 = 200;
 /// A queue that has been there for so long is no accident, ms.
@@ -168,6 +168,11 @@ impl Evidence {
         self.quota.is_some() && self.throttled >= FEW_PERIODS && self.throttled * 10 >= self.periods * 8
     }
 
+    /// Whether its own quota stops it often enough to be felt, though not in almost every period.
+    fn is_held_back(&self) -> bool {
+        self.quota.is_some() && self.throttled >= FEW_PERIODS && self.throttled * 10 >= self.periods * 2
+    }
+
     /// Requests that wait for a worker.
     #[must_use]
     pub fn queue(&self) -> u32 {
@@ -231,10 +236,12 @@ fn cause(evidence: &Evidence, policy: &Policy, history: &History) -> Cause {
     if queue {
         return Cause::Workers;
     }
-    if evidence.queue() == 0 && history.slow_lasts_ms(evidence) >= ELSEWHERE_AFTER_MS {
-        return Cause::Elsewhere;
+    if evidence.queue() > 0 || history.slow_lasts_ms(evidence) < ELSEWHERE_AFTER_MS || evidence.is_held_back()
+    {
+        return Cause::Unclear;
     }
-    Cause::Unclear
+    // Nobody waits for a CPU that is free: what runs at a low priority takes its time, too.
+    if evidence.cpu_stalled >= CPU_SHORT { Cause::Host } else { Cause::Elsewhere }
 }
 
 fn may_add(evidence: &Evidence, policy: &Policy) -> bool {

@@ -12,6 +12,7 @@ mod room;
 mod running;
 mod scaling;
 mod status;
+mod tiers;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -29,6 +30,8 @@ use crate::{
     host::Host,
     instance::{Adoption, Launch, Live, Note, name},
     output::Output,
+    reclaim::Reclaimed,
+    tiers::{Candidate, Tier, WakeCosts},
 };
 use running::{Running, Stage};
 use scaling::Scaling;
@@ -78,6 +81,12 @@ pub enum Message {
     Status(oneshot::Sender<Vec<Status>>),
     /// The last lines of output.
     Logs(usize, oneshot::Sender<Vec<LogLine>>),
+    /// What could sleep more deeply, for when memory is short.
+    Candidates(oneshot::Sender<Vec<Candidate>>),
+    /// Memory is short: that instance is to go down to this tier, and why.
+    Descend(Generation, Tier, String),
+    /// A frozen instance's memory has been taken back, and why; or why not.
+    Reclaimed(Generation, Result<Reclaimed, String>, String),
     /// How a start went.
     Timing(Generation, oneshot::Sender<Option<WakeTiming>>),
     /// The launcher ends: end every instance; answered when they are gone.
@@ -128,6 +137,8 @@ pub struct Supervisor {
     leak: leak::Leak,
     /// What was last decided about the scaling.
     decision: Option<Decision>,
+    /// What waking this app takes.
+    costs: WakeCosts,
     removed: bool,
     ending: bool,
 }
@@ -153,6 +164,7 @@ impl Supervisor {
             scaling: Scaling::new(),
             leak: leak::Leak::default(),
             decision: None,
+            costs: WakeCosts::default(),
             removed: false,
             ending: false,
         };
@@ -166,12 +178,13 @@ impl Supervisor {
             let deadline = self.next_duty();
             tokio::select! {
                 message = self.inbox.recv() => match message {
-                    Some(message) => self.handle(message).await,
+                    // Boxed, as what follows: thousands of supervisors wait here, and need no room for what they will do.
+                    Some(message) => Box::pin(self.handle(message)).await,
                     None => break, // cannot be: `own` is a sender
                 },
                 () = tokio::time::sleep_until(deadline) => {}
             }
-            self.do_duties().await;
+            Box::pin(self.do_duties()).await;
         }
         self.answer_stoppers();
         self.inbox.close();
@@ -223,6 +236,9 @@ impl Supervisor {
             Message::Signal(name, reply) => drop(reply.send(self.signal(&name))),
             Message::Status(reply) => drop(reply.send(self.status())),
             Message::Logs(count, reply) => drop(reply.send(self.output.last(count))),
+            Message::Candidates(reply) => drop(reply.send(self.candidates())),
+            Message::Descend(generation, to, why) => self.descend(generation, to, &why).await,
+            Message::Reclaimed(generation, result, why) => self.reclaimed(generation, result, &why),
             Message::Timing(generation, reply) => {
                 let found = self.timings.iter().find(|(g, _)| *g == generation).map(|(_, t)| t.clone());
                 drop(reply.send(found));
@@ -248,6 +264,10 @@ impl Supervisor {
             match self.apply(transition).await {
                 Ok(Outcome::Ready(generation)) => match self.awake(generation).await {
                     Some(awake) => return drop(reply.send(Ok(awake))),
+                    // It runs, and is only just being picked up from an earlier daemon.
+                    None if self.running.get(&generation).is_some_and(Running::is_adopted) => {
+                        return self.wakers.push(reply);
+                    }
                     None => drop(self.apply(Transition::Gone { generation }).await),
                 },
                 Ok(Outcome::Join(generation)) if self.running.contains_key(&generation) => {
@@ -336,6 +356,7 @@ impl Supervisor {
         }
         if let Some(running) = self.running.get_mut(&generation) {
             running.ready(Arc::clone(&live), timing.clone());
+            running.woke = Some((Tier::Stopped, timing.total_us));
         }
         let took = Duration::from_micros(timing.total_us);
         let message = format!("{} listens on port {} after {took:.1?}", live.id, live.port);

@@ -165,8 +165,11 @@ mod tests {
         ) {
             let share = |one: &(u32, u32, bool)| one.1;
             let how = if p2c { Pick::P2c } else { Pick::Random };
-            let share: Option<&dyn Fn(&(u32, u32, bool)) -> u32> = if ramping { Some(&share) } else { None };
-            let picked = pick(&rooms, how, |one| one.0, share, |one| one.2);
+            let picked = if ramping {
+                pick(&rooms, how, |one| one.0, Some(&share), |one| one.2)
+            } else {
+                pick(&rooms, how, |one| one.0, None, |one| one.2)
+            };
             prop_assert_eq!(picked.is_some(), rooms.iter().any(|one| one.2));
             prop_assert!(picked.is_none_or(|one| one.2));
         }

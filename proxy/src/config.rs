@@ -11,6 +11,8 @@ pub struct Config {
     pub state: StateDir,
     /// Most requests that wait for an instance, in all apps together.
     pub hold_limit: usize,
+    /// How long a client may take until a request's header is whole, counted from its connection or its last answer.
+    pub header_timeout: Duration,
     /// How long to wait for a connection to an instance, the wait for a socket included.
     pub connect_timeout: Duration,
     /// Longest silence of an instance while a response is awaited or under way.
@@ -59,6 +61,7 @@ impl Config {
         Self {
             state,
             hold_limit: 10_000,
+            header_timeout: Duration::from_secs(60),
             connect_timeout: Duration::from_secs(10),
             read_timeout: Duration::from_secs(300),
             write_timeout: Duration::from_secs(60),

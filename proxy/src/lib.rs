@@ -22,6 +22,7 @@ pub mod admin;
 pub mod balance;
 pub mod bill;
 pub mod config;
+pub mod doorman;
 pub mod hold;
 pub mod link;
 pub mod measure;
@@ -34,6 +35,7 @@ pub mod stock;
 pub mod telemetry;
 pub mod tenant;
 pub mod upstream;
+pub mod waiting;
 
 pub use config::Config;
 pub use phases::Ctx;
@@ -105,6 +107,8 @@ impl ProxyHttp for FastContainer {
     type CTX = Ctx;
 
     fn new_ctx(&self) -> Ctx {
+        // Pingora makes one when a header is whole.
+        doorman::header_came();
         Ctx::new()
     }
 

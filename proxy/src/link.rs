@@ -329,6 +329,7 @@ async fn report(house: &Arc<House>, line: Line) {
 
 fn activity_of(house: &House, upstream: &Upstream) -> Activity {
     let window = upstream.window.summary(house.tick(std::time::Instant::now()));
+    upstream.rate.store(window.count, Relaxed);
     let held = house.app(&upstream.app).map_or(0, |app| app.room.len());
     Activity {
         app: upstream.app.clone(),

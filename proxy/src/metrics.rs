@@ -19,7 +19,7 @@ use prometheus_client::{
 
 use crate::{
     pages::Fault,
-    telemetry::micros,
+    telemetry::{micros, millis},
     tenant::{AppRuntime, House},
 };
 
@@ -139,7 +139,7 @@ impl Metrics {
 
     /// The launcher can be reached, or no more.
     pub fn launcher(&self, there: bool, now: Duration) {
-        self.launcher_lost.store(if there { 0 } else { ms(now) + 1 }, Relaxed);
+        self.launcher_lost.store(if there { 0 } else { millis(now).saturating_add(1) }, Relaxed);
     }
 
     /// An app has come: it has a label of its own if there is one left.
@@ -257,106 +257,101 @@ fn rows(house: &House) -> Vec<Row> {
 impl Collector for Scrape {
     fn encode(&self, mut to: DescriptorEncoder<'_>) -> fmt::Result {
         let (house, metrics) = (&self.0, &self.0.metrics);
-        let rows = rows(house);
-        let by_app = |to: &mut DescriptorEncoder<'_>, name, help, kind, of: fn(&Row) -> u64| {
-            let mut family = to.encode_descriptor(name, help, None, kind)?;
-            for row in &rows {
-                let labels = [("app", row.app.as_str())];
-                let encoder = family.encode_family(&labels)?;
-                match kind {
-                    MetricType::Gauge => ConstGauge::new(of(row)).encode(encoder)?,
-                    _ => ConstCounter::new(of(row)).encode(encoder)?,
-                }
-            }
-            fmt::Result::Ok(())
-        };
-        let mut family = to.encode_descriptor(
-            "requests",
-            "Requests that have ended, by app and class of status; app \"\": no app has the host name.",
-            None,
-            MetricType::Counter,
-        )?;
-        for row in &rows {
-            for (class, count) in CLASSES.iter().zip(row.classes).filter(|(_, count)| *count > 0) {
-                let labels = [("app", row.app.as_str()), ("class", class)];
-                ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
-            }
-        }
-        let (counter, gauge) = (MetricType::Counter, MetricType::Gauge);
-        by_app(&mut to, "cold_requests", "Requests that waited for a start.", counter, |row| row.cold)?;
-        by_app(&mut to, "shed", "Requests refused because too many waited.", counter, |row| row.shed)?;
-        by_app(
+        apps(&mut to, &rows(house))?;
+        labelled(
             &mut to,
-            "breaches",
-            "Times that an instance was found slower than scale.response-time.",
-            counter,
-            |row| row.breaches,
-        )?;
-        by_app(&mut to, "held", "Requests that wait for an instance.", gauge, |row| row.held)?;
-        by_app(&mut to, "in_flight", "Requests on instances.", gauge, |row| row.in_flight)?;
-        let mut family = to.encode_descriptor(
             "unanswered",
             "Requests that no app answered, by reason as in the access log.",
-            None,
-            MetricType::Counter,
+            "reason",
+            Fault::CODES.iter().zip(&metrics.unanswered).map(|(code, count)| (*code, count.load(Relaxed))),
         )?;
-        for (reason, count) in Fault::CODES.iter().zip(&metrics.unanswered) {
-            ConstCounter::new(count.load(Relaxed)).encode(family.encode_family(&[("reason", *reason)])?)?;
-        }
-        histogram(&mut to, metrics, "hold", "Waiting for an instance, of those that waited.", |one| {
-            &one.hold
-        })?;
-        histogram(
-            &mut to,
-            metrics,
-            "first_byte",
-            "From the last byte of the request to the first of the answer.",
-            |one| &one.first_byte,
-        )?;
+        let hold = "Waiting for an instance, of those that waited.";
+        histogram(&mut to, metrics, "hold", hold, |one| &one.hold)?;
+        let first_byte = "From the last byte of the request to the first of the answer.";
+        histogram(&mut to, metrics, "first_byte", first_byte, |one| &one.first_byte)?;
         histogram(&mut to, metrics, "request_duration", "The whole of a request.", |one| &one.total)?;
-        let mut family = to.encode_descriptor(
+        labelled(
+            &mut to,
             "connections",
             "Connections to instances that a request went over: new ones, and reused ones.",
-            None,
-            MetricType::Counter,
+            "kind",
+            [
+                ("new", metrics.sum(|one| &one.new_connections)),
+                ("reused", metrics.sum(|one| &one.reused_connections)),
+            ],
         )?;
-        for (kind, count) in [
-            ("new", metrics.sum(|one| &one.new_connections)),
-            ("reused", metrics.sum(|one| &one.reused_connections)),
-        ] {
-            ConstCounter::new(count).encode(family.encode_family(&[("kind", kind)])?)?;
-        }
         let (_, unlogged) = house.telemetry.counts();
-        counter_of(&mut to, "retries", "Attempts after a request's first.", metrics.sum(|one| &one.retries))?;
-        counter_of(
+        let retries = metrics.sum(|one| &one.retries);
+        counter(&mut to, "retries", "Attempts after a request's first.", retries)?;
+        counter(
             &mut to,
             "unlogged",
             "Requests missing from the access log, which could not keep up.",
             unlogged,
         )?;
-        gauge_of(
-            &mut to,
-            "held_limit",
-            "Most requests that may wait, in all apps together.",
-            house.config.hold_limit as u64,
-        )?;
-        gauge_of(&mut to, "apps", "Apps known.", house.apps().len() as u64)?;
-        gauge_of(
+        let limit = house.config.hold_limit as u64;
+        gauge(&mut to, "held_limit", "Most requests that may wait, in all apps together.", limit)?;
+        gauge(&mut to, "apps", "Apps known.", house.apps().len() as u64)?;
+        gauge(
             &mut to,
             "launcher_up",
             "Whether the launcher can be reached.",
             house.linked.load(SeqCst).into(),
         )?;
         let lost = metrics.launcher_lost.load(Relaxed);
-        let age = lost.checked_sub(1).map_or(0, |lost| ms(house.begun.elapsed()).saturating_sub(lost));
-        let mut family = to.encode_descriptor(
+        let age = lost.checked_sub(1).map_or(0, |lost| millis(house.begun.elapsed()).saturating_sub(lost));
+        to.encode_descriptor(
             "cache_age",
             "How long ago the routing state was last known to be the newest; 0 while the launcher can be reached.",
             Some(&Unit::Seconds),
             MetricType::Gauge,
-        )?;
-        family.encode_gauge(&seconds(age * 1_000))
+        )?
+        .encode_gauge(&seconds(age.saturating_mul(1_000)))
     }
+}
+
+fn apps(to: &mut DescriptorEncoder<'_>, rows: &[Row]) -> fmt::Result {
+    let mut family = to.encode_descriptor(
+        "requests",
+        "Requests that have ended, by app and class of status; app \"\": no app has the host name.",
+        None,
+        MetricType::Counter,
+    )?;
+    for row in rows {
+        for (class, count) in CLASSES.iter().zip(row.classes).filter(|(_, count)| *count > 0) {
+            let labels = [("app", row.app.as_str()), ("class", class)];
+            ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
+        }
+    }
+    let by_app = |of: fn(&Row) -> u64| rows.iter().map(move |row| (row.app.as_str(), of(row)));
+    labelled(to, "cold_requests", "Requests that waited for a start.", "app", by_app(|row| row.cold))?;
+    labelled(to, "shed", "Requests refused because too many waited.", "app", by_app(|row| row.shed))?;
+    let breaches = "Times that an instance was found slower than scale.response-time.";
+    labelled(to, "breaches", breaches, "app", by_app(|row| row.breaches))?;
+    for (name, help, of) in [
+        ("held", "Requests that wait for an instance.", (|row| row.held) as fn(&Row) -> u64),
+        ("in_flight", "Requests on instances.", |row| row.in_flight),
+    ] {
+        let mut family = to.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (app, value) in by_app(of) {
+            ConstGauge::new(value).encode(family.encode_family(&[("app", app)])?)?;
+        }
+    }
+    Ok(())
+}
+
+fn labelled<'a>(
+    to: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    label: &str,
+    values: impl IntoIterator<Item = (&'a str, u64)>,
+) -> fmt::Result {
+    let mut family = to.encode_descriptor(name, help, None, MetricType::Counter)?;
+    for (value, count) in values {
+        ConstCounter::new(count).encode(family.encode_family(&[(label, value)])?)?;
+    }
+    Ok(())
 }
 
 fn histogram(
@@ -377,20 +372,16 @@ fn histogram(
         .encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
 }
 
-fn counter_of(to: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> fmt::Result {
+fn counter(to: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> fmt::Result {
     ConstCounter::new(value).encode(to.encode_descriptor(name, help, None, MetricType::Counter)?)
 }
 
-fn gauge_of(to: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> fmt::Result {
+fn gauge(to: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> fmt::Result {
     ConstGauge::new(value).encode(to.encode_descriptor(name, help, None, MetricType::Gauge)?)
 }
 
 fn seconds(us: u64) -> f64 {
     Duration::from_micros(us).as_secs_f64()
-}
-
-fn ms(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX - 1)
 }
 
 #[cfg(test)]

@@ -11,6 +11,8 @@ use pingora::{
     proxy::Session,
 };
 
+use crate::waiting::{self, Progress};
+
 /// Why a request is not answered by the app.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Fault {
@@ -28,9 +30,22 @@ pub enum Fault {
         retry_after: u64,
     },
     /// The host has no room.
-    Busy,
-    /// Too many wait already.
-    QueueFull,
+    Busy {
+        /// Seconds until it may have.
+        retry_after: u64,
+    },
+    /// Too many wait for this app already.
+    QueueFull {
+        /// Seconds until those may have been served.
+        retry_after: u64,
+    },
+    /// Too many wait in all apps together, and most of them for this one.
+    Shed {
+        /// Seconds until those may have been served.
+        retry_after: u64,
+    },
+    /// It is starting; who asks is shown a page that asks again.
+    Starting(Progress),
     /// It waited as long as the app allows.
     HoldTimeout,
     /// The launcher cannot be reached.
@@ -47,7 +62,7 @@ pub enum Fault {
 
 impl Fault {
     /// All that [`Self::code`] gives, and what else the access log calls an error.
-    pub const CODES: [&str; 15] = [
+    pub const CODES: [&str; 17] = [
         "bad-request",
         "unknown-host",
         "start-failed",
@@ -55,6 +70,8 @@ impl Fault {
         "backoff",
         "busy",
         "queue-full",
+        "shed",
+        "waiting-page",
         "hold-timeout",
         "launcher-unreachable",
         "stopping",
@@ -65,18 +82,17 @@ impl Fault {
         "client-gone",
     ];
     /// Those that say that too many wait.
-    pub const SHED: [&str; 1] = ["queue-full"];
+    pub const SHED: [&str; 2] = ["queue-full", "shed"];
 
     /// What a refused wake means for those who wait.
     #[must_use]
     pub fn of_refusal(refusal: &Refusal) -> Self {
+        let retry_after = refusal.retry_after_ms.unwrap_or(1_000).div_ceil(1_000).max(1);
         match refusal.code {
             RefusalCode::StartFailed => Self::StartFailed(for_visitors(&refusal.message)),
             RefusalCode::StartTimeout => Self::StartTimeout,
-            RefusalCode::Backoff => {
-                Self::Backoff { retry_after: refusal.retry_after_ms.unwrap_or(1_000).div_ceil(1_000).max(1) }
-            }
-            RefusalCode::Busy => Self::Busy,
+            RefusalCode::Backoff => Self::Backoff { retry_after },
+            RefusalCode::Busy => Self::Busy { retry_after },
             RefusalCode::UnknownApp => Self::UnknownHost,
             RefusalCode::UnknownInstance
             | RefusalCode::Forbidden
@@ -93,9 +109,13 @@ impl Fault {
             Self::UnknownHost => StatusCode::NOT_FOUND,
             Self::StartFailed(_) | Self::NoAnswer => StatusCode::BAD_GATEWAY,
             Self::StartTimeout | Self::HoldTimeout | Self::TooSlow => StatusCode::GATEWAY_TIMEOUT,
-            Self::Backoff { .. } | Self::Busy | Self::QueueFull | Self::LauncherGone | Self::Stopping => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::Backoff { .. }
+            | Self::Busy { .. }
+            | Self::QueueFull { .. }
+            | Self::Shed { .. }
+            | Self::Starting(_)
+            | Self::LauncherGone
+            | Self::Stopping => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -109,8 +129,10 @@ impl Fault {
             Self::StartFailed(_) => "start-failed",
             Self::StartTimeout => "start-timeout",
             Self::Backoff { .. } => "backoff",
-            Self::Busy => "busy",
-            Self::QueueFull => "queue-full",
+            Self::Busy { .. } => "busy",
+            Self::QueueFull { .. } => "queue-full",
+            Self::Shed { .. } => "shed",
+            Self::Starting(_) => "waiting-page",
             Self::HoldTimeout => "hold-timeout",
             Self::LauncherGone => "launcher-unreachable",
             Self::Stopping => "stopping",
@@ -124,8 +146,12 @@ impl Fault {
     #[must_use]
     pub fn retry_after(&self) -> Option<u64> {
         match self {
-            Self::Backoff { retry_after } => Some(*retry_after),
-            Self::Busy | Self::QueueFull | Self::LauncherGone | Self::Stopping => Some(1),
+            Self::Backoff { retry_after }
+            | Self::Busy { retry_after }
+            | Self::QueueFull { retry_after }
+            | Self::Shed { retry_after } => Some(*retry_after),
+            Self::Starting(progress) => Some(progress.refresh()),
+            Self::LauncherGone | Self::Stopping => Some(1),
             _ => None,
         }
     }
@@ -146,8 +172,16 @@ impl Fault {
             Self::Backoff { retry_after } => {
                 format!("{app} failed to start several times; the next attempt is in {retry_after} s.")
             }
-            Self::Busy => "This host is busy; please try again in a moment.".to_owned(),
-            Self::QueueFull => format!("{app} has too many waiting visitors; please try again in a moment."),
+            Self::Busy { retry_after } => {
+                format!("This host is busy; please try again in {retry_after} s.")
+            }
+            Self::QueueFull { retry_after } => {
+                format!("{app} has too many waiting visitors; please try again in {retry_after} s.")
+            }
+            Self::Shed { retry_after } => format!(
+                "This server has too many waiting visitors, most of them for this app; please try again in {retry_after} s."
+            ),
+            Self::Starting(_) => format!("{app} is starting."),
             Self::HoldTimeout => format!("{app} had no free instance in time."),
             Self::LauncherGone => format!("{app} cannot be started just now; please try again in a moment."),
             Self::Stopping => "This server is being restarted; please try again in a moment.".to_owned(),
@@ -189,7 +223,9 @@ fn render(
     let title = status.canonical_reason().unwrap_or("Error");
     let words = fault.words(app);
     let html = accepts_html(request);
-    let body = if html {
+    let body = if let (true, Fault::Starting(progress)) = (html, fault) {
+        waiting::page(&escaped(app.unwrap_or("The app")), progress)
+    } else if html {
         format!(
             "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\
              <title>{code} {title}</title><style>body{{font:16px/1.5 system-ui,sans-serif;max-width:34em;margin:18vh auto;padding:0 1.5em;\
@@ -202,18 +238,33 @@ fn render(
     } else {
         format!("{} {title}\n{words}\n{request_id}\n", status.as_u16())
     };
-    let mut header = ResponseHeader::build(status, Some(6))?;
+    let mut header = ResponseHeader::build(status, Some(7))?;
     header.insert_header(
         header::CONTENT_TYPE,
         if html { "text/html; charset=utf-8" } else { "text/plain; charset=utf-8" },
     )?;
     header.insert_header(header::CONTENT_LENGTH, body.len())?;
     header.insert_header(header::CACHE_CONTROL, "no-store")?;
+    if html {
+        // No page of ours loads or runs anything.
+        header.insert_header(
+            header::CONTENT_SECURITY_POLICY,
+            "default-src 'none'; style-src 'unsafe-inline'",
+        )?;
+    }
     header.insert_header(HeaderName::from_static("x-request-id"), request_id)?;
     if let Some(seconds) = fault.retry_after() {
         header.insert_header(header::RETRY_AFTER, seconds)?;
     }
     Ok((header, body.into()))
+}
+
+/// Whether a person's browser is about to show what it gets as a page, not to use it as part of one.
+#[must_use]
+pub fn is_navigation(request: &RequestHeader) -> bool {
+    request.method == http::Method::GET
+        && request.headers.get("sec-fetch-mode").is_some_and(|mode| mode.as_bytes() == b"navigate")
+        && accepts_html(request)
 }
 
 fn accepts_html(request: &RequestHeader) -> bool {
@@ -273,9 +324,10 @@ mod tests {
     #[test]
     fn browsers_get_html_and_others_text() {
         let (header, body) =
-            render(&request("text/html,*/*"), &Fault::QueueFull, Some("blog"), "id1").unwrap();
+            render(&request("text/html,*/*"), &Fault::QueueFull { retry_after: 3 }, Some("blog"), "id1")
+                .unwrap();
         assert_eq!(header.status, 503);
-        assert_eq!(header.headers["retry-after"], "1");
+        assert_eq!(header.headers["retry-after"], "3");
         assert_eq!(header.headers["cache-control"], "no-store");
         assert!(header.headers["content-type"].to_str().unwrap().starts_with("text/html"));
         assert!(std::str::from_utf8(&body).unwrap().contains("blog"));

@@ -1,6 +1,7 @@
 //! The access log and the recent requests. A request only pushes a record into a bounded queue; one task formats and writes.
 
 use std::{
+    borrow::Cow,
     collections::VecDeque,
     io::{self, Write as _},
     net::IpAddr,
@@ -14,8 +15,13 @@ use std::{
 
 use cmdb::Generation;
 use crossbeam_queue::ArrayQueue;
-use http::{HeaderValue, Method, StatusCode, Uri, header::HOST};
+use http::{
+    HeaderValue, StatusCode,
+    header::{HOST, REFERER, USER_AGENT},
+};
 use launcher_client::admin::RequestRecord;
+use pingora::http::RequestHeader;
+use serde::{Serialize, Serializer};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     time::{MissedTickBehavior, interval},
@@ -42,13 +48,13 @@ const HOST_LIMIT: usize = 256;
 #[derive(Debug)]
 pub struct Telemetry {
     queue: ArrayQueue<Record>,
-    recent: Mutex<VecDeque<RequestRecord>>,
+    recent: Mutex<VecDeque<Record>>,
     format: AccessLog,
     requests: AtomicU64,
     dropped: AtomicU64,
 }
 
-/// One request; cheap to make: nothing is formatted or copied yet.
+/// One request. Cheap to make and to keep: its texts are cut, in one piece, and nothing is formatted yet.
 #[derive(Debug)]
 pub struct Record {
     /// Its id.
@@ -57,16 +63,8 @@ pub struct Record {
     pub ended: SystemTime,
     /// Who asked.
     pub client: Option<IpAddr>,
-    /// Method.
-    pub method: Method,
-    /// Target.
-    pub uri: Uri,
-    /// `Host`.
-    pub host: Option<HeaderValue>,
-    /// For the combined format.
-    pub referer: Option<HeaderValue>,
-    /// For the combined format.
-    pub user_agent: Option<HeaderValue>,
+    /// Method, target and what else the client said.
+    pub said: Said,
     /// What was sent.
     pub status: Option<StatusCode>,
     /// Body bytes sent.
@@ -83,6 +81,47 @@ pub struct Record {
     pub cold: bool,
     /// Why the app did not answer.
     pub error: &'static str,
+}
+
+/// What a client said of its request, cut to what is kept: `[method, host, path, referer, user agent]` in one piece.
+#[derive(Debug)]
+pub struct Said {
+    text: Box<[u8]>,
+    ends: [u16; 5],
+}
+
+impl Said {
+    const LIMITS: [usize; 5] = [32, HOST_LIMIT, PATH_LIMIT, PATH_LIMIT, PATH_LIMIT];
+
+    /// Takes down a request; what only the combined format tells is left out for others.
+    #[must_use]
+    pub fn of(request: &RequestHeader, format: AccessLog) -> Self {
+        let header = |name| request.headers.get(name).map(HeaderValue::as_bytes);
+        let authority = || request.uri.authority().map(|authority| authority.as_str().as_bytes());
+        let combined = format == AccessLog::Combined;
+        let mut parts = [
+            request.method.as_str().as_bytes(),
+            header(HOST).or_else(authority).unwrap_or_default(),
+            request.uri.path_and_query().map_or(&b""[..], |path| path.as_str().as_bytes()),
+            header(REFERER).filter(|_| combined).unwrap_or_default(),
+            header(USER_AGENT).filter(|_| combined).unwrap_or_default(),
+        ];
+        let (mut end, mut ends) = (0, [0; 5]);
+        for ((part, limit), place) in parts.iter_mut().zip(Self::LIMITS).zip(&mut ends) {
+            *part = &part[..part.len().min(limit)];
+            end += part.len();
+            *place = u16::try_from(end).unwrap_or(u16::MAX);
+        }
+        let mut text = Vec::with_capacity(end);
+        parts.iter().for_each(|part| text.extend_from_slice(part));
+        Self { text: text.into_boxed_slice(), ends }
+    }
+
+    fn part(&self, index: usize) -> Cow<'_, str> {
+        let from = index.checked_sub(1).and_then(|before| self.ends.get(before)).copied().unwrap_or(0);
+        let to = self.ends.get(index).copied().unwrap_or(from);
+        String::from_utf8_lossy(self.text.get(from.into()..to.into()).unwrap_or_default())
+    }
 }
 
 /// A request's id: at most 64 of `A-Z a-z 0-9 - _ .`, kept without allocation.
@@ -150,14 +189,17 @@ impl Telemetry {
     /// What became of a recent request.
     #[must_use]
     pub fn why(&self, request_id: &str) -> Option<RequestRecord> {
-        self.recent().iter().rev().find(|record| record.request_id == request_id).cloned()
+        let recent = self.recent();
+        let record = recent.iter().rev().find(|record| record.request_id.as_str() == request_id);
+        record.map(|record| Line::of(record).into())
     }
 
     /// The last requests, oldest first.
     #[must_use]
     pub fn last(&self, count: usize) -> Vec<RequestRecord> {
         let recent = self.recent();
-        recent.range(recent.len().saturating_sub(count)..).cloned().collect()
+        let last = recent.range(recent.len().saturating_sub(count)..);
+        last.map(|record| Line::of(record).into()).collect()
     }
 
     /// Requests, and those of them that were not logged.
@@ -171,25 +213,30 @@ impl Telemetry {
         let mut lines = Vec::new();
         let mut recent = self.recent();
         while let Some(record) = self.queue.pop() {
-            let whole = whole(&record);
             match self.format {
                 AccessLog::Json => {
                     // Writing JSON into memory cannot fail.
-                    let _ = serde_json::to_writer(&mut lines, &whole);
+                    let _ = serde_json::to_writer(&mut lines, &Line::of(&record));
                     lines.push(b'\n');
                 }
-                AccessLog::Combined => combined(&mut lines, &record, &whole),
+                AccessLog::Combined => combined(&mut lines, &record),
                 AccessLog::Off => {}
             }
             if recent.len() == RECENT {
                 recent.pop_front();
             }
-            recent.push_back(whole);
+            recent.push_back(record);
         }
         lines
     }
 
-    fn recent(&self) -> MutexGuard<'_, VecDeque<RequestRecord>> {
+    /// The format of the access log.
+    #[must_use]
+    pub fn format(&self) -> AccessLog {
+        self.format
+    }
+
+    fn recent(&self) -> MutexGuard<'_, VecDeque<Record>> {
         self.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -274,70 +321,125 @@ fn open(path: &Path) -> io::Result<std::fs::File> {
     std::fs::OpenOptions::new().create(true).append(true).mode(0o640).open(path)
 }
 
-fn whole(record: &Record) -> RequestRecord {
-    let us = |part| micros(record.watch.spent(part));
-    // The parts are rounded down each; the whole is their sum, so that they add up.
-    let parts = [Part::Own, Part::Hold, Part::Connect, Part::Send, Part::FirstByte, Part::Body].map(us);
-    let [own_us, hold_us, connect_us, send_us, first_byte_us, body_us] = parts;
-    let ended = record.ended.duration_since(UNIX_EPOCH).unwrap_or_default();
-    RequestRecord {
-        request_id: record.request_id.as_str().to_owned(),
-        at_unix_ms: u64::try_from(ended.saturating_sub(record.watch.total()).as_millis()).unwrap_or(u64::MAX),
-        client: record.client.map(|client| client.to_string()).unwrap_or_default(),
-        method: record.method.to_string(),
-        host: cut(
-            &record.host.as_ref().map_or_else(
-                || record.uri.authority().map(|authority| authority.as_str().into()).unwrap_or_default(),
-                |host| String::from_utf8_lossy(host.as_bytes()),
-            ),
-            HOST_LIMIT,
-        ),
-        path: cut(record.uri.path_and_query().map_or("", |path| path.as_str()), PATH_LIMIT),
-        status: record.status.map_or(0, |status| status.as_u16()),
-        bytes: record.bytes as u64,
-        app: record.app.as_ref().map(|app| app.name.to_string()).unwrap_or_default(),
-        generation: record.generation.map_or(0, |generation| generation.0),
-        own_us,
-        hold_us,
-        connect_us,
-        send_us,
-        first_byte_us,
-        body_us,
-        total_us: parts.iter().sum(),
-        retries: record.retries,
-        wake: if record.cold { "cold" } else { "warm" }.to_owned(),
-        error: record.error.to_owned(),
+/// A line of the log: a [`RequestRecord`] that owns nothing. (A test holds the two together.)
+#[derive(Serialize)]
+struct Line<'a> {
+    request_id: &'a str,
+    at_unix_ms: u64,
+    #[serde(serialize_with = "address")]
+    client: Option<IpAddr>,
+    method: Cow<'a, str>,
+    host: Cow<'a, str>,
+    path: Cow<'a, str>,
+    status: u16,
+    bytes: u64,
+    app: &'a str,
+    generation: u64,
+    own_us: u64,
+    hold_us: u64,
+    connect_us: u64,
+    send_us: u64,
+    first_byte_us: u64,
+    body_us: u64,
+    total_us: u64,
+    retries: u32,
+    wake: &'static str,
+    error: &'static str,
+}
+
+impl<'a> Line<'a> {
+    fn of(record: &'a Record) -> Self {
+        let us = |part| micros(record.watch.spent(part));
+        // The parts are rounded down each; the whole is their sum, so that they add up.
+        let parts = [Part::Own, Part::Hold, Part::Connect, Part::Send, Part::FirstByte, Part::Body].map(us);
+        let [own_us, hold_us, connect_us, send_us, first_byte_us, body_us] = parts;
+        let ended = record.ended.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self {
+            request_id: record.request_id.as_str(),
+            at_unix_ms: millis(ended.saturating_sub(record.watch.total())),
+            client: record.client,
+            method: record.said.part(0),
+            host: record.said.part(1),
+            path: record.said.part(2),
+            status: record.status.map_or(0, |status| status.as_u16()),
+            bytes: record.bytes as u64,
+            app: record.app.as_ref().map_or("", |app| app.name.as_str()),
+            generation: record.generation.map_or(0, |generation| generation.0),
+            own_us,
+            hold_us,
+            connect_us,
+            send_us,
+            first_byte_us,
+            body_us,
+            total_us: parts.iter().sum(),
+            retries: record.retries,
+            wake: if record.cold { "cold" } else { "warm" },
+            error: record.error,
+        }
+    }
+}
+
+impl From<Line<'_>> for RequestRecord {
+    fn from(line: Line<'_>) -> Self {
+        Self {
+            request_id: line.request_id.to_owned(),
+            at_unix_ms: line.at_unix_ms,
+            client: line.client.map(|client| client.to_string()).unwrap_or_default(),
+            method: line.method.into_owned(),
+            host: line.host.into_owned(),
+            path: line.path.into_owned(),
+            status: line.status,
+            bytes: line.bytes,
+            app: line.app.to_owned(),
+            generation: line.generation,
+            own_us: line.own_us,
+            hold_us: line.hold_us,
+            connect_us: line.connect_us,
+            send_us: line.send_us,
+            first_byte_us: line.first_byte_us,
+            body_us: line.body_us,
+            total_us: line.total_us,
+            retries: line.retries,
+            wake: line.wake.to_owned(),
+            error: line.error.to_owned(),
+        }
+    }
+}
+
+fn address<S: Serializer>(client: &Option<IpAddr>, to: S) -> Result<S::Ok, S::Error> {
+    match client {
+        Some(client) => to.collect_str(client),
+        None => to.serialize_str(""),
     }
 }
 
 /// Apache's combined format; everything that a client chose is escaped.
-fn combined(lines: &mut Vec<u8>, record: &Record, whole: &RequestRecord) {
+fn combined(lines: &mut Vec<u8>, record: &Record) {
+    let whole = Line::of(record);
     let at = i64::try_from(whole.at_unix_ms / 1000).unwrap_or(0);
     let at = jiff::Timestamp::from_second(at).unwrap_or_default();
-    let header = |value: &Option<HeaderValue>| {
-        value
-            .as_ref()
-            .map_or_else(|| "-".to_owned(), |value| quoted(&String::from_utf8_lossy(value.as_bytes())))
+    let header = |index| match record.said.part(index) {
+        value if value.is_empty() => "-".to_owned(),
+        value => quoted(&value),
     };
+    let client = record.client.map(|client| client.to_string()).unwrap_or_default();
     let line = writeln!(
         lines,
-        "{} - - [{}] \"{} {} HTTP/1.1\" {} {} \"{}\" \"{}\"",
-        whole.client,
+        "{client} - - [{}] \"{} {} HTTP/1.1\" {} {} \"{}\" \"{}\"",
         at.strftime("%d/%b/%Y:%H:%M:%S +0000"),
         quoted(&whole.method),
         quoted(&whole.path),
         whole.status,
         whole.bytes,
-        header(&record.referer),
-        header(&record.user_agent),
+        header(3),
+        header(4),
     );
     // Writing into memory cannot fail.
     let _ = line;
 }
 
 fn quoted(text: &str) -> String {
-    cut(text, PATH_LIMIT)
-        .chars()
+    text.chars()
         .flat_map(|char| {
             if char == '"' || char.is_control() {
                 char.escape_default().collect::<Vec<_>>()
@@ -348,30 +450,16 @@ fn quoted(text: &str) -> String {
         .collect()
 }
 
-fn cut(text: &str, limit: usize) -> String {
-    let mut end = text.len().min(limit);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    text[..end].to_owned()
-}
-
 /// Whole µs.
 #[must_use]
 pub fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// What a [`Record`] takes from the request's headers.
+/// Whole ms.
 #[must_use]
-pub fn header_of(request: &pingora::http::RequestHeader, name: http::HeaderName) -> Option<HeaderValue> {
-    request.headers.get(name).cloned()
-}
-
-/// The `Host` of a request.
-#[must_use]
-pub fn host_of(request: &pingora::http::RequestHeader) -> Option<HeaderValue> {
-    header_of(request, HOST)
+pub fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -379,6 +467,9 @@ mod tests {
     use super::*;
 
     fn record(path: &str, agent: &'static str) -> Record {
+        let mut request = RequestHeader::build("GET", path.as_bytes(), None).unwrap();
+        request.insert_header("host", "blog.example").unwrap();
+        request.insert_header("user-agent", agent).unwrap();
         let mut watch = Stopwatch::begin();
         watch.enter(Part::Hold);
         watch.enter(Part::Body);
@@ -387,11 +478,7 @@ mod tests {
             request_id: RequestId::parse(b"id-1").unwrap(),
             ended: UNIX_EPOCH + Duration::from_millis(1_000_000_000_500),
             client: Some(IpAddr::from([127, 0, 0, 1])),
-            method: Method::GET,
-            uri: path.parse().unwrap(),
-            host: Some(HeaderValue::from_static("blog.example")),
-            referer: None,
-            user_agent: Some(HeaderValue::from_static(agent)),
+            said: Said::of(&request, AccessLog::Combined),
             status: Some(StatusCode::OK),
             bytes: 5,
             app: None,
@@ -414,7 +501,19 @@ mod tests {
             line.own_us + line.hold_us + line.connect_us + line.send_us + line.first_byte_us + line.body_us,
             line.total_us
         );
-        assert_eq!(telemetry.why("id-1"), Some(line));
+        assert_eq!(
+            (line.method.as_str(), line.host.as_str(), line.client.as_str()),
+            ("GET", "blog.example", "127.0.0.1")
+        );
+        assert_eq!(telemetry.why("id-1"), Some(line.clone()));
+        let keys = |json: &[u8]| {
+            serde_json::from_slice::<serde_json::Map<_, _>>(json)
+                .unwrap()
+                .into_iter()
+                .map(|(key, _)| key)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(keys(&lines), keys(&serde_json::to_vec(&line).unwrap()), "a line is a record");
         assert_eq!(telemetry.why("id-2"), None);
     }
 

@@ -29,8 +29,9 @@ use crate::{
     measure,
     metrics::{AppCounts, Metrics},
     pages::Fault,
-    telemetry::{Telemetry, micros},
+    telemetry::{Telemetry, micros, millis},
     upstream::{Fitness, Upstream},
+    waiting::Progress,
 };
 
 /// What all apps of one proxy share.
@@ -41,7 +42,7 @@ pub struct House {
     /// Host name → app.
     pub cache: CmCache<AppTenant>,
     /// Who waits, in all apps together.
-    pub seats: Arc<Seats>,
+    pub seats: Arc<Seats<Answer>>,
     /// Instances with activity that the reporter does not know yet.
     pub active: SegQueue<Arc<Upstream>>,
     /// Figures for Prometheus.
@@ -71,6 +72,8 @@ pub enum Answer {
     Lease(Lease),
     /// There will be none.
     Refused(Fault),
+    /// There are more urgent ones: the proxy holds as many as it may, and this app more of them than another that came.
+    Shed,
 }
 
 /// A place on an instance for one request; dropping it gives the place to the next.
@@ -114,6 +117,8 @@ pub struct AppRuntime {
     /// Whether an instance may still have less than a full share.
     ramping: AtomicBool,
     waking: AtomicBool,
+    /// When the last wake began, ms on the house's clock.
+    waking_since: AtomicU64,
     removed: AtomicBool,
     known: Mutex<Known>,
 }
@@ -238,6 +243,7 @@ impl AppRuntime {
             slow_start_us: AtomicU64::new(0),
             ramping: AtomicBool::new(false),
             waking: AtomicBool::new(false),
+            waking_since: AtomicU64::new(0),
             removed: AtomicBool::new(false),
             known: Mutex::new(Known { record: Arc::default(), upstreams: BTreeMap::new() }),
         };
@@ -281,6 +287,31 @@ impl AppRuntime {
         !self.ready.load().is_empty()
     }
 
+    /// Seconds until those who wait now may have been served: as fast as the instances answer at the moment, or as long as the
+    /// last start took. Never longer than anybody would be held.
+    #[must_use]
+    pub fn retry_after(&self) -> u64 {
+        let per_second: u64 = self.ready.load().iter().map(|one| u64::from(one.rate.load(Relaxed))).sum();
+        let waiting = self.room.len() as u64;
+        let start = self.usual_start().map_or(0, |start| micros(start).div_ceil(1_000_000));
+        let longest = self.spec.load().hold.timeout.as_secs().max(1);
+        waiting.checked_div(per_second).map_or(start, |seconds| seconds + 1).clamp(1, longest)
+    }
+
+    /// How far its start is.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        let now = self.house.begun.elapsed();
+        let since = now.saturating_sub(Duration::from_millis(self.waking_since.load(Relaxed)));
+        Progress { since, usual: self.usual_start() }
+    }
+
+    /// How long the last start took that this proxy saw.
+    fn usual_start(&self) -> Option<Duration> {
+        let last = self.last_wake.load();
+        (last.1.total_us > 0 && !last.1.warm).then(|| Duration::from_micros(last.1.total_us))
+    }
+
     /// For whoever has just begun to wait: serves those who can be served, and has an instance woken if there is none.
     pub fn knock(self: &Arc<Self>) {
         if self.removed.load(SeqCst) {
@@ -293,6 +324,7 @@ impl AppRuntime {
         }
         self.serve();
         if !self.room.is_empty() && self.ready.load().is_empty() && !self.waking.swap(true, SeqCst) {
+            self.waking_since.store(millis(self.house.begun.elapsed()), Relaxed);
             self.house.command(Command::Wake(Arc::clone(self)));
         }
     }

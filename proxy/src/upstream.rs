@@ -62,6 +62,8 @@ pub struct Upstream {
     pub window: Window,
     /// Requests since the last report.
     pub requests: AtomicU32,
+    /// Responses in the second before the last report.
+    pub rate: AtomicU32,
     /// Whether it is on the reporter's list.
     pub listed: AtomicBool,
     /// When a breach was last looked for, ms since [`Self::known`] plus one; 0: never.
@@ -110,6 +112,7 @@ impl Upstream {
             is_added: false,
             window: Window::default(),
             requests: AtomicU32::new(0),
+            rate: AtomicU32::new(0),
             listed: AtomicBool::new(false),
             examined: AtomicU64::new(0),
             fitness: AtomicU8::new(fitness as u8),

@@ -25,7 +25,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpSocket, TcpStream},
     sync::Notify,
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 async fn warm(web: &Web) -> (FakeLauncher, Proxy) {
@@ -305,4 +305,36 @@ async fn a_websocket_tunnels_both_ways_even_through_a_wake() {
     })
     .await
     .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_header_that_trickles_in_is_not_waited_for_but_a_slow_body_is() {
+    let (launcher, web) = (FakeLauncher::start(), Web::saying("hello").await);
+    launcher.put(app("blog"), web.port);
+    let proxy =
+        Proxy::start_with(&launcher, |config| config.header_timeout = Duration::from_millis(700)).await;
+    let trickle = async |text: &[u8]| {
+        let mut socket = TcpStream::connect(proxy.address).await.unwrap();
+        for byte in text {
+            // It may have been closed.
+            let _ = socket.write_all(&[*byte]).await;
+            sleep(Duration::from_millis(60)).await;
+        }
+        let mut answer = String::new();
+        let _ = socket.read_to_string(&mut answer).await;
+        answer
+    };
+    let header = trickle(b"GET / HTTP/1.1\r\nHost: blog.test\r\nConnection: close\r\n\r\n").await;
+    assert_eq!(header, "", "each byte came in time, the whole did not");
+
+    let head = b"POST / HTTP/1.1\r\nHost: blog.test\r\nConnection: close\r\nContent-Length: 20\r\n\r\n";
+    let mut socket = TcpStream::connect(proxy.address).await.unwrap();
+    socket.write_all(head).await.unwrap();
+    for _ in 0..20 {
+        socket.write_all(b"x").await.unwrap();
+        sleep(Duration::from_millis(60)).await;
+    }
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.ends_with("hello"), "{answer}");
 }

@@ -475,3 +475,70 @@ async fn who_would_wait_goes_to_an_instance_that_was_just_added() {
     assert_eq!(waiting.await.unwrap().body, "added");
     stuck.abort();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_the_proxy_is_full_the_app_with_the_crowd_makes_room_for_others() {
+    let (launcher, web) = (FakeLauncher::start(), Web::saying("hello").await);
+    for (name, delay) in [("crowd", 60), ("quiet", 0)] {
+        launcher.put(app(name), web.port);
+        launcher.script(name, |script| script.delay = Duration::from_secs(delay));
+    }
+    let proxy = Proxy::start_with(&launcher, |config| config.hold_limit = 10).await;
+    let address = proxy.address;
+    let mut crowd = tokio::task::JoinSet::new();
+    (0..10).for_each(|_| _ = crowd.spawn(get(address, "crowd.test", "/")));
+    eventually(|| proxy.held() == 10).await;
+
+    assert_eq!(get(address, "quiet.test", "/").await.body, "hello");
+
+    let refused = crowd.join_next().await.unwrap().unwrap();
+    assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")));
+    eventually(|| proxy.held() == 9).await;
+    crowd.spawn(get(address, "crowd.test", "/"));
+    eventually(|| proxy.held() == 10).await;
+    assert_eq!(
+        get(address, "crowd.test", "/").await.status,
+        503,
+        "the crowd's next one has no claim on others"
+    );
+    assert_eq!(proxy.held(), 10);
+    let figures = launcher_client::admin::metrics(&launcher.state.proxy_socket()).await.unwrap();
+    assert!(figures.contains("fastcontainer_proxy_unanswered_total{reason=\"shed\"} 2"), "{figures}");
+    assert!(figures.contains("fastcontainer_proxy_held{app=\"crowd\"} 10"), "{figures}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_browser_sees_a_waiting_page_and_then_the_app_while_everything_else_is_held() {
+    let (launcher, web) = (FakeLauncher::start(), Web::saying("hello").await);
+    let mut blog = app("blog");
+    (blog.hold.page, blog.hold.page_after) = (true, Duration::from_millis(50));
+    launcher.put(blog, web.port);
+    launcher.script("blog", |script| script.delay = Duration::from_secs(2));
+    let proxy = Proxy::start(&launcher).await;
+    let address = proxy.address;
+    let browse = async |method: &str, mode: &str| {
+        let request = format!(
+            "{method} / HTTP/1.1\r\nHost: blog.test\r\nAccept: text/html,*/*\r\nSec-Fetch-Mode: {mode}\r\nConnection: close\r\n\r\n"
+        );
+        raw(address, request.as_bytes()).await
+    };
+
+    let page = browse("GET", "navigate").await;
+
+    assert_eq!((page.status, page.header("cache-control")), (503, Some("no-store")));
+    assert!(page.header("retry-after").is_some() && page.header("content-security-policy").is_some());
+    assert!(
+        page.body.contains("blog is starting") && page.body.contains("http-equiv=\"refresh\""),
+        "{}",
+        page.body
+    );
+    assert_eq!(proxy.held(), 0);
+
+    let (program, script, form) =
+        tokio::join!(get(address, "blog.test", "/"), browse("GET", "cors"), browse("POST", "navigate"));
+    for held in [program, script, form] {
+        assert_eq!((held.status, held.body.as_str()), (200, "hello"));
+    }
+    assert_eq!(browse("GET", "navigate").await.body, "hello");
+    assert_eq!(launcher.wakes("blog"), 1, "the start went on though nobody waited for a moment");
+}

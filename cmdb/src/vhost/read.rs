@@ -326,9 +326,21 @@ fn read_resources(reader: &mut Reader<'_>, section: Section<'_>) -> Resources {
 
 fn read_lifecycle(reader: &mut Reader<'_>, section: Section<'_>) -> Lifecycle {
     let seconds = Duration::from_secs;
+    let freeze_after = reader.duration_or_never(section, "freeze-after").unwrap_or(None);
+    let reclaim_after = reader.duration_or_never(section, "reclaim-after").unwrap_or(None);
+    if reclaim_after.is_some_and(|reclaim| freeze_after.is_none_or(|freeze| reclaim < freeze))
+        && let Some(text) = reader.text(section, "reclaim-after")
+    {
+        reader.fault(
+            text.span,
+            "only a frozen instance's memory is reclaimed",
+            "give freeze-after too, and let reclaim-after be no shorter",
+        );
+    }
     Lifecycle {
         start_timeout: reader.duration(section, "start-timeout").unwrap_or(seconds(30)),
-        freeze_after: reader.duration_or_never(section, "freeze-after").unwrap_or(None),
+        freeze_after,
+        reclaim_after,
         idle_timeout: reader.duration_or_never(section, "idle-timeout").unwrap_or(Some(seconds(600))),
         lifetime: reader.duration_or_never(section, "lifetime").unwrap_or(None),
         drain_timeout: reader.duration(section, "drain-timeout").unwrap_or(seconds(30)),
@@ -370,5 +382,6 @@ fn read_hold(reader: &mut Reader<'_>, section: Section<'_>) -> Hold {
         queue: reader.number(section, "queue", 1, 1_000_000).map_or(1000, |queue| queue.value),
         timeout: reader.duration(section, "timeout").unwrap_or(Duration::from_secs(30)),
         page: reader.flag(section, "page").unwrap_or(false),
+        page_after: reader.duration(section, "page-after").unwrap_or(Hold::usual_page_after()),
     }
 }

@@ -63,7 +63,7 @@ pub(super) const KEYS: &[Key] = &[
         "an image",
         "",
         "\"dir:/srv/images/wordpress\"",
-        "`dir:PATH` is a folder that is the root of a file system; `tar:PATH` an archive of one (plain, gzip or zstd), unpacked once. `oci:PATH` is an OCI image layout: a folder, or an archive (plain tar) of one; `oci:PATH:TAG` or `oci:PATH@sha256:DIGEST` picks one of several images in it. A relative path starts at the folder in which `conf.d` lies. The image is never written to; each start uses it as it is then.",
+        "`dir:PATH` is a folder that is the root of a file system; `tar:PATH` an archive of one (plain, gzip or zstd), unpacked once. `oci:PATH` is an OCI image layout: a folder, or an archive (plain tar) of one; `oci:PATH:TAG` or `oci:PATH@sha256:DIGEST` picks one of several images in it. `docker://HOST[:PORT]/NAME[:TAG|@sha256:DIGEST]` is fetched from a registry (`up --registry-auth` for those that ask who you are). `git+https://HOST/REPOSITORY#REVISION:FOLDER:/PLACE` (or `git+file:///PATH#…`) is a folder of a Git repository at a branch, tag or commit, laid at a place in the image; each part after `#` may be left out. Images from elsewhere are fetched ahead of the first start, and looked for anew every ten minutes and at each start. A relative path starts at the folder in which `conf.d` lies. The image is never written to; each start uses it as it is then.",
     ),
     key(
         "container",
@@ -189,6 +189,14 @@ pub(super) const KEYS: &[Key] = &[
     ),
     key(
         "lifecycle",
+        "reclaim-after",
+        "a duration or \"never\"",
+        "\"never\"",
+        "\"5m\"",
+        "Idle time after which a frozen instance's memory is reclaimed: to swap where the host has some, otherwise only what can be read again from files. The next request thaws it as always and pays for what it touches. Not shorter than `freeze-after`. When the host's memory gets short this happens by itself.",
+    ),
+    key(
+        "lifecycle",
         "idle-timeout",
         "a duration or \"never\"",
         "\"10m\"",
@@ -284,7 +292,15 @@ pub(super) const KEYS: &[Key] = &[
         "true or false",
         "false",
         "false",
-        "Whether a browser that navigates gets a waiting page. (Read and kept; the page itself is still to come.)",
+        "Whether a browser that opens a page of an app that is not ready is shown a waiting page, which opens it when it is. Everything else is held all the same: other programs, scripts, pictures, forms.",
+    ),
+    key(
+        "hold",
+        "page-after",
+        "a duration",
+        "\"500ms\"",
+        "\"500ms\"",
+        "How long a browser is held before it is shown the waiting page.",
     ),
     key(
         "hook",

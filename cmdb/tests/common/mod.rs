@@ -35,6 +35,7 @@ pub(crate) fn app(name: &str, host: &str) -> App {
         lifecycle: Lifecycle {
             start_timeout: Duration::from_secs(20),
             freeze_after: None,
+            reclaim_after: None,
             idle_timeout: None,
             lifetime: None,
             drain_timeout: Duration::from_secs(30),
@@ -50,7 +51,12 @@ pub(crate) fn app(name: &str, host: &str) -> App {
             pick: cmdb::app::Pick::Random,
             slow_start: None,
         },
-        hold: Hold { queue: 10, timeout: Duration::from_secs(30), page: false },
+        hold: Hold {
+            queue: 10,
+            timeout: Duration::from_secs(30),
+            page: false,
+            page_after: Hold::usual_page_after(),
+        },
         hooks: Vec::new(),
     }
 }

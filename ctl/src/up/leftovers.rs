@@ -135,8 +135,10 @@ fn remove_group(group: &Path, stuck: &mut Vec<PathBuf>) {
 
 /// Mounts strictly beneath the state folder; with `force` they are detached.
 fn remove_mounts(root: &Path, force: bool) -> Vec<PathBuf> {
-    let mut left: Vec<PathBuf> =
-        mounts().into_iter().map(|mount| mount.at).filter(|at| at != root && at.starts_with(root)).collect();
+    // What the operator has mounted as the DataPool, or in it, is the operator's.
+    let pool = root.join("datapool");
+    let ours = |at: &PathBuf| at != root && at.starts_with(root) && !at.starts_with(&pool);
+    let mut left: Vec<PathBuf> = mounts().into_iter().map(|mount| mount.at).filter(ours).collect();
     if force {
         left.reverse();
         left.retain(|at| umount2(at, MntFlags::MNT_DETACH).is_err());

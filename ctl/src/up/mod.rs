@@ -136,6 +136,24 @@ async fn start(
     for server in &options.network_dns {
         args.extend(["--network-dns".into(), server.to_string().into()]);
     }
+    if let Some(space) = options.image_space {
+        args.extend(["--image-space".into(), space.to_string().into()]);
+    }
+    if let Some(file) = &options.registry_auth {
+        let file = std::fs::canonicalize(file)
+            .map_err(|error| Failure::failed(format!("--registry-auth {}: {error}", file.display())))?;
+        args.extend(["--registry-auth".into(), file.into()]);
+    }
+    for registry in &options.insecure_registry {
+        args.extend(["--insecure-registry".into(), registry.into()]);
+    }
+    if let Some(low) = options.memory_low {
+        args.extend(["--memory-low".into(), low.0.to_string().into()]);
+    }
+    args.extend(["--memory-stall".into(), options.memory_stall.to_string().into()]);
+    if let Some(meminfo) = &options.meminfo {
+        args.extend(["--meminfo".into(), meminfo.into()]);
+    }
     let grace = Duration::from_secs(40);
     kept.push(Service { name: LAUNCHER, program: launcher.clone(), args, grace }.keep());
     let socket = state.launcher_socket();

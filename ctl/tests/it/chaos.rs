@@ -19,7 +19,7 @@ use nix::{
 };
 
 use crate::{
-    host::{Host, processes_with},
+    host::{Host, processes_with, program},
     http::{Connection, get},
     vhost::Vhost,
 };
@@ -147,7 +147,7 @@ fn instances(host: &Host) -> Vec<(String, String, i64)> {
 
 /// Every warm app is asked all the time, on connections that are kept; the first answer that is not 200 ends the test.
 fn visit(host: &Arc<Host>, apps: &[Vhost], until: &Arc<AtomicBool>) -> Vec<JoinHandle<usize>> {
-    let visitors = apps.chunks(WARM / 4).map(<[Vhost]>::to_vec);
+    let visitors = apps.chunks(apps.len() / 4).map(<[Vhost]>::to_vec);
     visitors
         .map(|apps| {
             let (port, until) = (host.port, Arc::clone(until));
@@ -239,6 +239,55 @@ fn warm_apps_answer_everything_while_the_launcher_is_killed_at_random_moments() 
     for app in &restless {
         host.get(app, "/").expect_status(200);
     }
+    Arc::into_inner(host).expect("the only owner").end();
+}
+
+#[test]
+fn an_upgrade_of_the_launcher_fails_no_request_and_ends_no_app() {
+    let programs =
+        tempfile::tempdir_in(program("fastcontainer").parent().expect("a folder")).expect("a folder");
+    for name in ["fastcontainer", "fastcontainer-launcher", "fastcontainer-coreapi", "fastcontainer-proxy"] {
+        fs::hard_link(program(name), programs.path().join(name)).expect("a link to the program");
+    }
+    let warm: Vec<Vhost> = (0..4).map(|n| Vhost::probe(&format!("warm{n}"))).collect();
+    let all: Vec<&Vhost> = warm.iter().collect();
+    let host = Arc::new(Host::up_from(programs.path(), &all));
+    for app in &warm {
+        host.get(app, "/").expect_status(200);
+    }
+    let (before, launcher, spawner) =
+        (instances(&host), host.pid_of("fastcontainer-launcher"), spawner_of(&host));
+    let until = Arc::new(AtomicBool::new(false));
+    let visitors = visit(&host, &warm, &until);
+
+    for round in 1..=3 {
+        // Another file of the same content: what a package manager does.
+        let (old, new) = (programs.path().join("fastcontainer-launcher"), programs.path().join("new"));
+        fs::copy(&old, &new).expect("a new program");
+        fs::rename(&new, &old).expect("in the old one's place");
+        let inode = |path: &str| std::os::unix::fs::MetadataExt::ino(&fs::metadata(path).expect(path));
+        let exe = format!("/proc/{launcher}/exe");
+        assert_ne!(inode(&exe), inode(&old.to_string_lossy()));
+
+        kill(Pid::from_raw(launcher), Signal::SIGUSR2).expect("SIGUSR2");
+
+        host.wait_for("the new program", || inode(&exe) == inode(&old.to_string_lossy()));
+        host.wait_for("the apps to be supervised", || {
+            host.ctl(&["ps"]).status.success() && instances(&host) == before
+        });
+        assert_eq!(host.pid_of("fastcontainer-launcher"), launcher, "round {round}: in the same process");
+        assert_eq!(host.count("warm0", "adopted"), 1, "{:?}", host.events("warm0"));
+    }
+    until.store(true, Ordering::SeqCst);
+    for visitor in visitors {
+        assert!(visitor.join().expect("no request failed") > 0);
+    }
+
+    // The spawner was an earlier program's child and is this one's: it must be buried.
+    kill_nine(spawner);
+    host.wait_for("another spawner", || host.events_of_host("spawner-back") > 0);
+    host.wait_for("the old one to be gone", || !Path::new(&format!("/proc/{spawner}")).exists());
+    assert_eq!(instances(&host), before);
     Arc::into_inner(host).expect("the only owner").end();
 }
 

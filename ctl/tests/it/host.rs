@@ -32,6 +32,7 @@ pub(crate) struct Host {
     pub(crate) state: PathBuf,
     pub(crate) conf: PathBuf,
     arguments: Vec<String>,
+    program: PathBuf,
     folder: tempfile::TempDir,
 }
 
@@ -48,8 +49,24 @@ impl Host {
         Self::up_after(files, &[], |_| {})
     }
 
+    /// Starts a host whose programs are in `programs`, so that a test may replace one of them.
+    pub(crate) fn up_from(programs: &Path, vhosts: &[&Vhost]) -> Self {
+        let files: Vec<(String, Vec<u8>)> =
+            vhosts.iter().map(|v| (format!("{}.toml", v.name()), v.text().into_bytes())).collect();
+        Self::up_as(programs.join("fastcontainer"), &files, &[], |_| {})
+    }
+
     /// The same with more arguments, after `prepare` has been at the folder that holds `conf.d` and the state (`s`).
     pub(crate) fn up_after(
+        files: &[(String, Vec<u8>)],
+        arguments: &[&str],
+        prepare: impl FnOnce(&Path),
+    ) -> Self {
+        Self::up_as(program("fastcontainer"), files, arguments, prepare)
+    }
+
+    fn up_as(
+        program: PathBuf,
         files: &[(String, Vec<u8>)],
         arguments: &[&str],
         prepare: impl FnOnce(&Path),
@@ -69,13 +86,14 @@ impl Host {
         let state = folder.path().join("s");
         let port = free_port();
         let arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-        let child = start(&conf, &state, port, folder.path(), &arguments);
-        Self { child, port, state, conf, arguments, folder }
+        let child = start(&program, &conf, &state, port, folder.path(), &arguments);
+        Self { child, port, state, conf, arguments, program, folder }
     }
 
     /// Another `up` on the same folders, after the one before was killed.
     pub(crate) fn again(&mut self) {
-        self.child = start(&self.conf, &self.state, self.port, self.folder.path(), &self.arguments);
+        let (state, folder) = (&self.state, self.folder.path());
+        self.child = start(&self.program, &self.conf, state, self.port, folder, &self.arguments);
     }
 
     /// One request on a connection of its own.
@@ -255,6 +273,9 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
+        if let Ok(path) = std::env::var("FC_KEEP_LOG") {
+            let _ = fs::write(path, self.log());
+        }
         if matches!(self.child.try_wait(), Ok(None)) {
             let _ = kill(Pid::from_raw(self.pid()), Signal::SIGTERM);
             let end = Instant::now() + Duration::from_secs(20);
@@ -333,9 +354,9 @@ pub(crate) fn cgroup_parents() -> Vec<String> {
     names
 }
 
-fn start(conf: &Path, state: &Path, port: u16, folder: &Path, arguments: &[String]) -> Child {
+fn start(program: &Path, conf: &Path, state: &Path, port: u16, folder: &Path, arguments: &[String]) -> Child {
     let log = fs::OpenOptions::new().create(true).append(true).open(folder.join("log")).expect("a log");
-    let mut child = Command::new(program("fastcontainer"))
+    let mut child = Command::new(program)
         .arg("up")
         .arg("--conf")
         .arg(conf)

@@ -51,10 +51,7 @@ pub(crate) fn get(host: &str, path: &str) -> Request {
 
 /// `POST /path` for `host` with a body of known length.
 pub(crate) fn post(host: &str, path: &str, body: impl Into<Vec<u8>>) -> Request {
-    let body = body.into();
-    let mut request = request("POST", host, path).header("Content-Length", &body.len().to_string());
-    request.body = body;
-    request
+    request("POST", host, path).body(&body.into())
 }
 
 /// Any method, without a body.
@@ -65,6 +62,13 @@ pub(crate) fn request(method: &str, host: &str, path: &str) -> Request {
 impl Request {
     pub(crate) fn header(mut self, name: &str, value: &str) -> Self {
         self.head.push_str(&format!("{name}: {value}\r\n"));
+        self
+    }
+
+    /// A body of known length.
+    pub(crate) fn body(mut self, body: &[u8]) -> Self {
+        self = self.header("Content-Length", &body.len().to_string());
+        self.body = body.to_vec();
         self
     }
 

@@ -29,8 +29,12 @@ mod lifecycle;
 mod network;
 mod oci;
 mod orders;
+mod registry;
 mod scaling;
 mod sleep;
 mod storm;
+
+mod tiers;
 mod usage;
+mod volumes;
 mod wake;

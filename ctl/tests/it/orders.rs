@@ -127,16 +127,16 @@ fn the_fewest_instances_run_unasked_after_crash_and_lifetime_too() {
     });
 
     // Idle at its lifetime's end, and yet replaced before it goes.
-    let second = host.ps("blog")[0]["generation"].to_string();
+    let second = host.ps("blog")[0]["generation"].as_u64();
     let about_second = |kind: &str| {
         let events = host.events("blog");
-        let mut those = events.iter().filter(|e| e["kind"] == kind && e["generation"].to_string() == second);
+        let mut those = events.iter().filter(|e| e["kind"] == kind && e["generation"].as_u64() == second);
         those.next().and_then(|event| event["seq"].as_u64())
     };
     host.wait_for("its replacement", || about_second("draining").is_some());
     let drains = about_second("draining").expect("it drains");
     let events = host.events("blog");
-    let next = events.iter().find(|e| e["kind"] == "ready" && e["generation"].as_u64() > second.parse().ok());
+    let next = events.iter().find(|e| e["kind"] == "ready" && e["generation"].as_u64() > second);
     assert!(next.is_some_and(|ready| ready["seq"].as_u64() < Some(drains)), "{events:?}");
     host.end();
 }

@@ -10,6 +10,8 @@ pub const GROUP_ID: u32 = 60_900;
 pub const COREAPI_UID: u32 = 60_901;
 /// User of the proxy.
 pub const PROXY_UID: u32 = 60_902;
+/// User of the processes that fetch images.
+pub const FETCH_UID: u32 = 60_908;
 
 /// A state folder; everything that FastContainer keeps on a host is beneath it.
 #[derive(Clone, Debug)]
@@ -32,6 +34,12 @@ impl StateDir {
     #[must_use]
     pub fn launcher(&self) -> PathBuf {
         self.0.join("launcher")
+    }
+
+    /// Where images are fetched, each in a folder of its own; 0711.
+    #[must_use]
+    pub fn fetch(&self) -> PathBuf {
+        self.0.join("fetch")
     }
 
     /// Sockets; 0711.

@@ -189,6 +189,8 @@ pub enum Request {
         /// Only this app.
         app: Option<AppName>,
     },
+    /// Operator: the images of all apps. → stream of [`Reply::Image`], then [`Reply::End`].
+    Images,
     /// Everybody: how the start of an instance went. → [`Reply::WakeTiming`].
     WakeTiming {
         /// Which app.
@@ -232,6 +234,8 @@ pub enum Reply {
         /// How many.
         count: u32,
     },
+    /// One image.
+    Image(ImageStatus),
     /// Done.
     Done,
     /// An app and its record, now or changed.
@@ -256,7 +260,7 @@ pub enum Reply {
         record: AppRecord,
     },
     /// One app's or instance's line of `ps`.
-    Status(Status),
+    Status(Box<Status>),
     /// One event.
     Event(Event),
     /// One line of output.
@@ -402,10 +406,19 @@ pub struct Status {
     pub memory_bytes: Option<u64>,
     /// Memory limit, bytes.
     pub memory_limit: Option<u64>,
+    /// Memory of it that is in swap, bytes.
+    #[serde(default)]
+    pub swap_bytes: Option<u64>,
+    /// It is frozen, and its memory has been taken back as far as possible.
+    #[serde(default)]
+    pub reclaimed: bool,
     /// Processes and threads.
     pub pids: Option<u64>,
     /// Which image it runs (digest, or folder and time).
     pub image: String,
+    /// Whether the next start uses a newer one.
+    #[serde(default)]
+    pub image_is_old: bool,
     /// What the operator has set in place of the app's vhost file, a phrase each.
     #[serde(default)]
     pub overrides: Vec<String>,
@@ -426,6 +439,29 @@ pub struct Decision {
     pub kind: String,
     /// Evidence, cause and cure, in words.
     pub words: String,
+}
+
+/// One image that an app has.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ImageStatus {
+    /// As the vhost file names it.
+    pub image: String,
+    /// `waiting`, `fetching`, `unpacking`, `ready`, `failed`; `folder` for one that is used where it lies.
+    pub state: String,
+    /// What the next start uses (a digest, or folder and time); empty while there is nothing.
+    pub id: String,
+    /// Bytes that it takes unpacked, with the layers that it shares with others.
+    pub bytes: Option<u64>,
+    /// Bytes that have come of those being fetched.
+    pub fetched: Option<u64>,
+    /// Bytes being fetched; 0 while that is not known.
+    pub to_fetch: Option<u64>,
+    /// The apps that have it.
+    pub apps: Vec<AppName>,
+    /// Why the last preparation failed; empty when it did not.
+    pub error: String,
+    /// ms until it is looked at again.
+    pub next_look_ms: Option<u64>,
 }
 
 /// One event.

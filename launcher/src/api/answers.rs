@@ -31,6 +31,7 @@ impl Peer {
                 Ok((outcome, record)) => Ok(without_fds(Reply::Applied { outcome, record })),
                 Err(error) => Err(store_refusal(&error)),
             },
+            Request::Images => self.images(id).await.map(without_fds),
             Request::Ps { app } => self.ps(id, app).await.map(without_fds),
             Request::Events { since, follow } => return self.events(id, since, follow).await,
             Request::Logs { app, lines } => self.logs(id, &app, lines).await.map(without_fds),
@@ -140,6 +141,7 @@ impl Peer {
             let host = Arc::clone(&self.host);
             tokio::spawn(async move { host.outbound.configured(&app).await });
         }
+        self.host.images.nudge();
         match self.host.running_supervisor(&name) {
             Some(supervisor) => {
                 if let Some((spec, _)) = self.host.store.get(&name) {
@@ -167,6 +169,7 @@ impl Peer {
         self.host.store.remove_app(app).await.map_err(|e| store_refusal(&e))?;
         tokio::task::block_in_place(|| self.host.overrides.update(app, |known| *known = Override::default()))
             .map_err(|error| Refusal::new(RefusalCode::Internal, error.to_string()))?;
+        self.host.images.nudge();
         self.host.events.emit("config-removed", Some(app), None, format!("{app} is not configured any more"));
         Ok(Reply::Done)
     }
@@ -191,8 +194,18 @@ impl Peer {
             let overrides = self.host.overrides.of(&app.name).words();
             for line in lines {
                 let line = Status { overrides: overrides.clone(), ..line };
-                self.send(id, Reply::Status(line)).await?;
+                self.send(id, Reply::Status(Box::new(line))).await?;
             }
+        }
+        Ok(Reply::End)
+    }
+
+    async fn images(&self, id: u64) -> Result<Reply, Refusal> {
+        let host = Arc::clone(&self.host);
+        // Sizes may have to be counted, file by file.
+        let images = tokio::task::spawn_blocking(move || crate::preparation::statuses(&host)).await;
+        for image in images.unwrap_or_default() {
+            self.send(id, Reply::Image(image)).await?;
         }
         Ok(Reply::End)
     }

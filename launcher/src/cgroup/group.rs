@@ -1,58 +1,53 @@
 //! The groups of one container, in all hierarchies, as one thing.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
-
 use super::layout::{Hierarchy, Layout, Version};
-use super::{CgroupError, CpuQuota, CpuWeight, files, remove_dir};
-
-/// How long the removal of a group waits for its last task to be buried.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// v1 has no atomic kill: a fork can slip between list and signal so many times.
-const KILL_ROUNDS: usize = 20;
+use super::{CgroupError, CpuQuota, CpuWeight, files};
 
 /// The groups of one container. Dropping it leaves them; [`Group::remove`] removes them.
 #[derive(Debug)]
 pub struct Group {
-    name: String,
-    directories: Vec<Directory>,
-    roles: Roles,
+    pub(super) name: String,
+    pub(super) directories: Vec<Directory>,
+    pub(super) roles: Roles,
     /// The quota as last written here, to find the right order for the next; v1 needs two writes.
     cpu: Mutex<Option<CpuQuota>>,
-    cpu_stat: OnceLock<File>,
-    sleep: Mutex<Sleep>,
-    quarantine: Arc<Mutex<Vec<PathBuf>>>,
+    /// The limits of memory and of tasks as last written here: what stays as it is costs no system call.
+    memory: Mutex<Option<u64>>,
+    pids: Mutex<Option<u64>>,
+    pub(super) sleep: Mutex<Sleep>,
+    pub(super) quarantine: Arc<Mutex<Vec<PathBuf>>>,
 }
 
 /// For how long it was frozen through this value.
 #[derive(Debug, Default)]
-struct Sleep {
-    since: Option<Instant>,
-    before: Duration,
+pub(super) struct Sleep {
+    pub(super) since: Option<Instant>,
+    pub(super) before: Duration,
 }
 
 #[derive(Debug)]
-struct Directory {
-    path: PathBuf,
-    fd: OwnedFd,
-    version: Version,
+pub(super) struct Directory {
+    /// Opened for each operation: a descriptor for each directory of thousands of groups would be too many, and the name
+    /// never means another group, for generations are not used twice.
+    pub(super) path: PathBuf,
+    pub(super) version: Version,
 }
 
 /// Which of the directories does what (indices).
 #[derive(Clone, Copy, Debug)]
-struct Roles {
+pub(super) struct Roles {
     cpu: Option<usize>,
     memory: Option<usize>,
     pids: Option<usize>,
     cpuacct: Option<usize>,
-    freezer: Option<usize>,
-    unified: Option<usize>,
+    pub(super) freezer: Option<usize>,
+    pub(super) unified: Option<usize>,
 }
 
 /// CPU time used and denied, since the group was made.
@@ -135,10 +130,10 @@ impl Group {
         for mount in layout.mounts() {
             let path = mount.join(parent).join(name);
             match files::open_dir(&path) {
-                Ok(fd) => {
+                Ok(_) => {
                     let version =
                         if layout.unified.as_deref() == Some(mount) { Version::V2 } else { Version::V1 };
-                    directories.push(Directory { path, fd, version });
+                    directories.push(Directory { path, version });
                     mounts.push(mount);
                 }
                 Err(error) if !all && error.kind() == io::ErrorKind::NotFound => {}
@@ -160,7 +155,8 @@ impl Group {
             directories,
             roles,
             cpu: Mutex::new(None),
-            cpu_stat: OnceLock::new(),
+            memory: Mutex::new(None),
+            pids: Mutex::new(None),
             sleep: Mutex::default(),
             quarantine,
         })
@@ -248,6 +244,10 @@ impl Group {
     /// # Errors
     /// The system's; `EBUSY` when more is in use and cannot be reclaimed.
     pub fn set_memory(&self, bytes: u64) -> Result<(), CgroupError> {
+        let mut last = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        if *last == Some(bytes) {
+            return Ok(());
+        }
         let directory = self.directory(self.roles.memory, "memory")?;
         let value = bytes.to_string();
         directory.run("set the memory limit", |fd| {
@@ -268,7 +268,9 @@ impl Group {
                 files::write_if_there(fd, "memory.memsw.limit_in_bytes", &value)?;
             }
             Ok(())
-        })
+        })?;
+        *last = Some(bytes);
+        Ok(())
     }
 
     /// Sets the limit on the number of tasks.
@@ -276,23 +278,22 @@ impl Group {
     /// # Errors
     /// The system's.
     pub fn set_pids(&self, count: u64) -> Result<(), CgroupError> {
-        self.directory(self.roles.pids, "pids")?
-            .run("set the limit of tasks", |fd| files::write(fd, "pids.max", &count.to_string()))
+        let directory = self.directory(self.roles.pids, "pids")?;
+        let mut last = self.pids.lock().unwrap_or_else(PoisonError::into_inner);
+        if *last != Some(count) {
+            directory.run("set the limit of tasks", |fd| files::write(fd, "pids.max", &count.to_string()))?;
+            *last = Some(count);
+        }
+        Ok(())
     }
 
     /// CPU time used and denied. Cheap enough for every few milliseconds.
     ///
     /// # Errors
-    /// The system's; `ENODEV` when the group is gone.
+    /// The system's; `ENOENT` when the group is gone.
     pub fn cpu_stat(&self) -> Result<CpuStat, CgroupError> {
         let cpu = self.directory(self.roles.cpu, "cpu")?;
-        let text = cpu.run("read cpu.stat", |fd| match self.cpu_stat.get() {
-            Some(file) => files::read_file(file),
-            None => {
-                let file = files::open_read(fd, "cpu.stat")?;
-                files::read_file(self.cpu_stat.get_or_init(|| file))
-            }
-        })?;
+        let text = cpu.run("read cpu.stat", |fd| files::read(fd, "cpu.stat"))?;
         let value = |key| files::keyed(&text, key).unwrap_or(0);
         let (usage_us, throttled_us) = match cpu.version {
             Version::V2 => (value("usage_usec"), value("throttled_usec")),
@@ -318,7 +319,7 @@ impl Group {
     /// Microseconds of CPU time used, of groups beneath too, also of those that are gone.
     ///
     /// # Errors
-    /// The system's; `ENODEV` when the group is gone.
+    /// The system's; `ENOENT` when the group is gone.
     pub fn usage_us(&self) -> Result<u64, CgroupError> {
         if let Some(directory) = self.roles.cpuacct.map(|index| &self.directories[index]) {
             let text = directory.run("read cpuacct.usage", |fd| files::read(fd, "cpuacct.usage"))?;
@@ -345,7 +346,7 @@ impl Group {
     /// Bytes of memory in use.
     ///
     /// # Errors
-    /// The system's; `ENODEV` when the group is gone.
+    /// The system's; `ENOENT` when the group is gone.
     pub fn memory_current(&self) -> Result<u64, CgroupError> {
         let directory = self.directory(self.roles.memory, "memory")?;
         let file = match directory.version {
@@ -371,7 +372,7 @@ impl Group {
     /// Memory in use, its limit and its peak, and how often the limit killed.
     ///
     /// # Errors
-    /// The system's; `ENODEV` when the group is gone.
+    /// The system's; `ENOENT` when the group is gone.
     pub fn memory(&self) -> Result<MemoryStat, CgroupError> {
         let directory = self.directory(self.roles.memory, "memory")?;
         let [current, limit, peak, events] = match directory.version {
@@ -396,7 +397,7 @@ impl Group {
     /// Number of tasks now.
     ///
     /// # Errors
-    /// The system's; `ENODEV` when the group is gone.
+    /// The system's; `ENOENT` when the group is gone.
     pub fn pids_current(&self) -> Result<u64, CgroupError> {
         let text = self
             .directory(self.roles.pids, "pids")?
@@ -407,7 +408,7 @@ impl Group {
     /// How often a fork was refused because of the limit on tasks.
     ///
     /// # Errors
-    /// The system's; `ENODEV` when the group is gone.
+    /// The system's; `ENOENT` when the group is gone.
     pub fn pids_refused(&self) -> Result<u64, CgroupError> {
         let text = self
             .directory(self.roles.pids, "pids")?
@@ -415,156 +416,28 @@ impl Group {
         Ok(files::keyed(&text, "max").unwrap_or(0))
     }
 
-    /// Asks that every process stop where it is. They stop within microseconds; [`Group::is_frozen`] tells.
-    ///
-    /// # Errors
-    /// The system's, or when there is no freezer.
-    pub fn freeze(&self) -> Result<(), CgroupError> {
-        self.set_frozen(true)
+    pub(super) fn memory_directory(&self) -> Result<&Directory, CgroupError> {
+        self.directory(self.roles.memory, "memory")
     }
 
-    /// Lets every process go on.
-    ///
-    /// # Errors
-    /// The system's, or when there is no freezer.
-    pub fn thaw(&self) -> Result<(), CgroupError> {
-        self.set_frozen(false)
-    }
-
-    fn set_frozen(&self, frozen: bool) -> Result<(), CgroupError> {
-        let directory = self.directory(self.roles.unified.or(self.roles.freezer), "freezer")?;
-        let (file, value) = match (directory.version, frozen) {
-            (Version::V2, true) => ("cgroup.freeze", "1"),
-            (Version::V2, false) => ("cgroup.freeze", "0"),
-            (Version::V1, true) => ("freezer.state", "FROZEN"),
-            (Version::V1, false) => ("freezer.state", "THAWED"),
-        };
-        directory.run("freeze or thaw", |fd| files::write(fd, file, value))?;
-        let mut sleep = self.sleep.lock().unwrap_or_else(PoisonError::into_inner);
-        match (frozen, sleep.since) {
-            (true, None) => sleep.since = Some(Instant::now()),
-            (false, Some(since)) => {
-                sleep.before += since.elapsed();
-                sleep.since = None;
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
-    /// For how long it was frozen through this value, and whether it is now; costs no system call.
-    pub fn slept(&self) -> (Duration, bool) {
-        let sleep = self.sleep.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = sleep.since.map_or(Duration::ZERO, |since| since.elapsed());
-        (sleep.before + now, sleep.since.is_some())
-    }
-
-    /// Whether every process has stopped.
-    ///
-    /// # Errors
-    /// The system's, or when there is no freezer.
-    pub fn is_frozen(&self) -> Result<bool, CgroupError> {
-        let directory = self.directory(self.roles.unified.or(self.roles.freezer), "freezer")?;
-        directory.run("read the freezer's state", |fd| match directory.version {
-            Version::V2 => Ok(files::keyed(&files::read(fd, "cgroup.events")?, "frozen") == Some(1)),
-            Version::V1 => Ok(files::read(fd, "freezer.state")?.trim() == "FROZEN"),
-        })
-    }
-
-    /// Sends SIGKILL to every process, frozen or not.
-    ///
-    /// # Errors
-    /// The system's. A group that is gone is no error.
-    pub fn kill(&self) -> Result<(), CgroupError> {
-        if let Some(directory) = self.roles.unified.map(|index| &self.directories[index])
-            && directory.run("kill", |fd| files::write_if_there(fd, "cgroup.kill", "1"))?
-        {
-            return Ok(());
-        }
-        for _ in 0..KILL_ROUNDS {
-            // Best effort: without a freezer the rounds alone must win the race against forks.
-            let _ = self.freeze();
-            let mut left = false;
-            for directory in &self.directories {
-                for pid in directory.run("list processes", files::processes)? {
-                    left = true;
-                    if let Some(pid) = Pid::from_raw(pid) {
-                        let _ = kill_process(pid, Signal::KILL);
-                    }
-                }
-            }
-            let _ = self.thaw();
-            if !left {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether a process is left.
-    ///
-    /// # Errors
-    /// The system's; a group that is gone has none.
-    pub fn populated(&self) -> Result<bool, CgroupError> {
-        if let Some(directory) = self.roles.unified.map(|index| &self.directories[index]) {
-            let text = directory.run("read cgroup.events", |fd| files::read(fd, "cgroup.events"))?;
-            return Ok(files::keyed(&text, "populated") == Some(1));
-        }
-        for directory in &self.directories {
-            if !directory.run("list processes", files::processes)?.is_empty() {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    /// Removes the groups, killing what is left and waiting for it with growing pauses, for 2 s at most.
-    ///
-    /// # Errors
-    /// [`CgroupError::Stuck`]: what would not go is in quarantine and is tried again by the next sweep.
-    pub async fn remove(self) -> Result<(), CgroupError> {
-        let mut stuck = Vec::new();
-        let mut patience = PATIENCE;
-        for directory in &self.directories {
-            if std::fs::remove_dir(&directory.path).is_ok() {
-                continue;
-            }
-            if let Err(error) = self.kill() {
-                tracing::debug!(group = self.name, %error, "killing what is left in a cgroup");
-            }
-            if !remove_dir(&directory.path, patience).await {
-                stuck.push(directory.path.clone());
-                patience = Duration::ZERO;
-            }
-        }
-        if stuck.is_empty() {
-            return Ok(());
-        }
-        self.quarantine.lock().unwrap_or_else(PoisonError::into_inner).extend(stuck.iter().cloned());
-        Err(CgroupError::Stuck(stuck))
-    }
-
-    /// Removes groups in which no process has ever been.
-    pub(super) fn remove_now(&self) {
-        for directory in &self.directories {
-            if let Err(error) = std::fs::remove_dir(&directory.path) {
-                tracing::warn!(path = %directory.path.display(), %error, "an empty cgroup would not be removed");
-            }
-        }
-    }
-
-    fn directory(&self, index: Option<usize>, controller: &'static str) -> Result<&Directory, CgroupError> {
+    pub(super) fn directory(
+        &self,
+        index: Option<usize>,
+        controller: &'static str,
+    ) -> Result<&Directory, CgroupError> {
         index.map(|index| &self.directories[index]).ok_or(CgroupError::Missing(controller))
     }
 }
 
 impl Directory {
-    fn run<T>(
+    pub(super) fn run<T>(
         &self,
         what: &'static str,
         operation: impl FnOnce(BorrowedFd<'_>) -> io::Result<T>,
     ) -> Result<T, CgroupError> {
-        operation(self.fd.as_fd()).map_err(|error| CgroupError::io(&self.path, what, error))
+        files::open_dir(&self.path)
+            .and_then(|directory| operation(directory.as_fd()))
+            .map_err(|error| CgroupError::io(&self.path, what, error))
     }
 }
 

@@ -6,7 +6,9 @@
 mod files;
 mod group;
 mod layout;
+mod life;
 mod quota;
+mod reclaim;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -91,6 +93,11 @@ pub enum CgroupError {
 }
 
 impl CgroupError {
+    /// Whether the group, or that file of it, is not there (any more).
+    pub fn is_gone(&self) -> bool {
+        matches!(self, CgroupError::Io { error, .. } if error.kind() == io::ErrorKind::NotFound)
+    }
+
     fn io(path: &Path, what: &'static str, error: impl Into<io::Error>) -> CgroupError {
         CgroupError::Io { path: path.to_owned(), what, error: error.into() }
     }

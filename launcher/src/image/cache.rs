@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 const FILE: &str = "index.json";
 
 /// What changes when the content of a file does.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub(super) struct Key {
     pub(super) dev: u64,
     pub(super) ino: u64,
@@ -35,6 +35,18 @@ impl Cache {
 
     pub(super) fn find(&self, path: &Path, key: &Key) -> Option<String> {
         self.known.get(path).filter(|(known, _)| known == key).map(|(_, name)| name.clone())
+    }
+
+    /// The newest content of something that has no key: an image from elsewhere.
+    pub(super) fn newest(&self, source: &Path) -> Option<String> {
+        self.known.get(source).map(|(_, name)| name.clone())
+    }
+
+    /// Forgets all but these; whether there was any other.
+    pub(super) fn retain(&mut self, wanted: impl Fn(&Path) -> bool) -> bool {
+        let before = self.known.len();
+        self.known.retain(|source, _| wanted(source));
+        self.known.len() < before
     }
 
     pub(super) fn put(&mut self, path: &Path, key: Key, name: &str) {

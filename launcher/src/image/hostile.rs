@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use tar::{EntryType, Header};
 use tempfile::TempDir;
 
-use super::{Bounds, ImageError, ImageStore, Layers};
+use super::{Bounds, ImageError, ImageStore, Layers, Options};
 
 /// A host with a file that must not change, and a store.
 struct Lab {
@@ -75,7 +75,11 @@ impl Lab {
         let dir = TempDir::new().unwrap();
         fs::create_dir(dir.path().join("host")).unwrap();
         fs::write(dir.path().join("host/secret"), "secret").unwrap();
-        let store = ImageStore::with_bounds(&dir.path().join("images"), bounds).unwrap();
+        let store = ImageStore::new(
+            &dir.path().join("images"),
+            Options { bounds, fetch_dir: dir.path().join("fetch"), ..Options::for_tests() },
+        )
+        .unwrap();
         Lab { dir, store }
     }
 
@@ -292,7 +296,7 @@ async fn the_newest_content_is_used_and_the_old_is_removed_when_nobody_uses_it()
     assert!(!first_root.exists() && lab.root(&second).exists() && lab.root(&third).exists());
 
     // A warm start trusts the index and reads nothing of the archive.
-    let warm = ImageStore::new(&lab.dir.path().join("images")).unwrap();
+    let warm = ImageStore::new(&lab.dir.path().join("images"), Options::for_tests()).unwrap();
     let path = lab.dir.path().join("image.tar");
     assert_eq!(warm.resolve(&format!("tar:{}", path.display())).await.unwrap().id, third.id);
 }

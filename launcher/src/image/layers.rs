@@ -12,7 +12,9 @@ use super::digest::Digest;
 use super::oci::{self, ImageConfig, LayerBlob, Layout, OciError, Reference};
 use super::tree::OPAQUE;
 use super::unpack::{Bounds, Form};
-use super::{ImageError, Inner, Layers, UNFINISHED, archive, key_of, open_dir, remove_tree, tempfile_in};
+use super::{
+    ImageError, Inner, Layers, Stage, UNFINISHED, archive, key_of, open_dir, remove_tree, tempfile_in,
+};
 
 /// Names of unpacked layers in the store: this and the digest of the layer as it was kept.
 pub(super) const LAYER: &str = "layer-";
@@ -47,8 +49,7 @@ impl Inner {
         // The index of a folder, or the whole archive, tells whether anything has changed.
         let mut layout = None;
         let watched = if meta.is_dir() {
-            let folder = open_dir(path).map_err(|error| ImageError::open(path, error))?;
-            let folder = Layout::Folder(folder);
+            let folder = Layout::of_folder(path).map_err(|error| ImageError::open(path, error))?;
             let index = folder.index_file().map_err(refused)?;
             layout = Some(folder);
             index
@@ -61,6 +62,7 @@ impl Inner {
         if let Some(layers) = known.and_then(|name| self.recorded(&name)) {
             return Ok(layers);
         }
+        self.lock_states().stage(&format!("oci:{text}"), Stage::Unpacking);
         let layout = match layout {
             Some(layout) => layout,
             None => Layout::of_archive(watched).map_err(refused)?,
@@ -92,7 +94,7 @@ impl Inner {
             image.layers.iter().map(|layer| format!("{LAYER}{}", layer.digest.hex())).collect();
         // Held until the record is there, which holds them from then on.
         let _leases: Vec<_> = layers.iter().chain([&name]).map(|name| self.hold(name)).collect();
-        let mut left = self.bounds;
+        let mut left = self.room()?;
         for (layer, name) in image.layers.iter().zip(&layers) {
             let about = self.layer(path, layout, layer, name, &left)?;
             left.bytes = left.bytes.saturating_sub(about.bytes);

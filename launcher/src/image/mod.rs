@@ -10,9 +10,13 @@ mod digest;
 #[cfg(test)]
 mod hostile;
 mod layers;
-mod oci;
+pub(crate) mod oci;
+mod options;
+mod remote;
+mod state;
 mod tree;
 mod unpack;
+mod usage;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -24,10 +28,15 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::fs::{Dir, Mode, OFlags};
 
+pub(crate) use archive::hash_file;
 use cache::{Cache, Key};
 pub use digest::{Digest, DigestError};
 use layers::{IMAGE, LAYER};
 pub use oci::{ImageConfig, OciError};
+pub use options::Options;
+pub use remote::FetchError;
+use state::States;
+pub use state::{Preparation, Stage};
 pub use unpack::{Bounds, Refused};
 
 /// Names of directories that are being filled or emptied; whatever bears them at a start is rubbish.
@@ -44,8 +53,13 @@ pub struct ImageStore {
 #[derive(Debug)]
 struct Inner {
     dir: PathBuf,
-    bounds: Bounds,
+    options: Options,
     cache: Mutex<Cache>,
+    states: Mutex<States>,
+    /// Bytes of what is unpacked, by name; content that has a name does not change.
+    sizes: Mutex<HashMap<String, u64>>,
+    /// Something is to be prepared.
+    due: tokio::sync::Notify,
     /// One unpacking at a time for each archive.
     flights: Mutex<HashMap<PathBuf, Arc<tokio::sync::Mutex<()>>>>,
     /// Unpacked versions that somebody uses.
@@ -128,6 +142,24 @@ pub enum ImageError {
         /// Why not.
         error: OciError,
     },
+    /// An image from elsewhere that cannot be had.
+    #[error("image {image}: {error}")]
+    Fetch {
+        /// Which.
+        image: String,
+        /// Why not.
+        error: FetchError,
+    },
+    /// No room is left.
+    #[error(
+        "the images would take more than {space} bytes (`up --image-space`), of which {used} are used; `fastcontainer images` shows by what"
+    )]
+    Space {
+        /// Bytes that all images may take.
+        space: u64,
+        /// Bytes that they take.
+        used: u64,
+    },
     /// The archive was written to while it was read.
     #[error("image {path} changed while it was being unpacked; move a finished archive into place instead")]
     Changed {
@@ -162,46 +194,68 @@ impl ImageError {
 }
 
 impl ImageStore {
-    /// A store that keeps unpacked archives in `dir`. Removes what an earlier life left unfinished there.
+    /// A store that keeps unpacked images in `dir`. Removes what an earlier life left unfinished there.
     ///
     /// # Errors
     /// When the directory cannot be made or read.
-    pub fn new(dir: &Path) -> Result<ImageStore, ImageError> {
-        ImageStore::with_bounds(dir, Bounds::default())
-    }
-
-    /// As [`ImageStore::new`], with other bounds on what an archive may hold.
-    ///
-    /// # Errors
-    /// When the directory cannot be made or read.
-    pub fn with_bounds(dir: &Path, bounds: Bounds) -> Result<ImageStore, ImageError> {
-        std::fs::create_dir_all(dir).map_err(|error| ImageError::io(dir, "make the store", error))?;
-        let entries = std::fs::read_dir(dir).map_err(|error| ImageError::io(dir, "read the store", error))?;
-        for entry in entries.flatten() {
-            if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
-                remove_tree(&entry.path());
+    pub fn new(dir: &Path, options: Options) -> Result<ImageStore, ImageError> {
+        for dir in [dir, &options.fetch_dir] {
+            std::fs::create_dir_all(dir).map_err(|error| ImageError::io(dir, "make the store", error))?;
+            let entries =
+                std::fs::read_dir(dir).map_err(|error| ImageError::io(dir, "read the store", error))?;
+            for entry in entries.flatten() {
+                if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+                    remove_tree(&entry.path());
+                }
             }
         }
-        let cache = Mutex::new(Cache::load(dir));
-        let inner =
-            Inner { dir: dir.to_owned(), bounds, cache, flights: Mutex::default(), leases: Mutex::default() };
+        let inner = Inner {
+            dir: dir.to_owned(),
+            options,
+            cache: Mutex::new(Cache::load(dir)),
+            states: Mutex::default(),
+            sizes: Mutex::default(),
+            due: tokio::sync::Notify::new(),
+            flights: Mutex::default(),
+            leases: Mutex::default(),
+        };
         Ok(ImageStore { inner: Arc::new(inner) })
     }
 
-    /// Finds an image, unpacking it if that has not been done. Of any number of callers at the same time one unpacks.
+    /// Finds an image, fetching and unpacking it if that has not been done. Of any number of callers at the same time one
+    /// does the work, which goes on when they leave.
     ///
     /// # Errors
     /// See [`ImageError`].
     pub async fn resolve(&self, image: &str) -> Result<Layers, ImageError> {
+        if !remote::is_remote(image) {
+            return self.local(image).await;
+        }
+        if let Some(layers) = self.inner.newest(image) {
+            self.look_soon(image);
+            return Ok(layers);
+        }
+        self.remote(image, false).await
+    }
+
+    /// As [`ImageStore::resolve`], and asks again whoever has the image for a newer one.
+    ///
+    /// # Errors
+    /// See [`ImageError`].
+    pub async fn refresh(&self, image: &str) -> Result<Layers, ImageError> {
+        if remote::is_remote(image) { self.remote(image, true).await } else { self.local(image).await }
+    }
+
+    async fn local(&self, image: &str) -> Result<Layers, ImageError> {
         match image.split_once(':') {
             Some(("dir", path)) if path.starts_with('/') => self.directory(Path::new(path)).await,
             Some(("tar", path)) if path.starts_with('/') => {
                 let path = PathBuf::from(path);
-                self.one_at_a_time(path.clone(), move |inner| inner.archive(&path)).await
+                self.one_at_a_time(path.clone(), image, move |inner| inner.archive(&path)).await
             }
             Some(("oci", text)) if text.starts_with('/') => {
                 let text = text.to_owned();
-                self.one_at_a_time(PathBuf::from(&text), move |inner| inner.oci(&text)).await
+                self.one_at_a_time(PathBuf::from(&text), image, move |inner| inner.oci(&text)).await
             }
             _ => Err(ImageError::Scheme { image: image.to_owned() }),
         }
@@ -237,13 +291,16 @@ impl ImageStore {
     async fn one_at_a_time(
         &self,
         path: PathBuf,
+        image: &str,
         work: impl FnOnce(&Inner) -> Result<Layers, ImageError> + Send + 'static,
     ) -> Result<Layers, ImageError> {
         let inner = self.inner.clone();
+        let image = image.to_owned();
         // The lock goes along: if the caller leaves, the unpacking is finished all the same, and still by one.
         let turn = inner.flight(&path).lock_owned().await;
         blocking(path, move || {
             let layers = work(&inner);
+            inner.note(&image, &layers);
             drop(turn);
             layers
         })
@@ -261,11 +318,13 @@ impl Inner {
     fn archive(&self, path: &Path) -> Result<Layers, ImageError> {
         let file = File::open(path).map_err(|error| ImageError::open(path, error))?;
         let key = key_of(path, &file)?;
-        if let Some(name) = self.lock_cache().find(path, &key)
+        let known = self.lock_cache().find(path, &key);
+        if let Some(name) = known
             && let Ok(layers) = self.unpacked(&name)
         {
             return Ok(layers);
         }
+        self.lock_states().stage(&format!("tar:{}", path.display()), Stage::Unpacking);
         let name = self.unpack(path, file, &key)?;
         let layers = self.unpacked(&name)?;
         self.lock_cache().put(path, key, &name);
@@ -298,8 +357,9 @@ impl Inner {
         let root = open_dir(place).map_err(|error| ImageError::io(place, "open", error))?;
         let again = file.try_clone().map_err(|error| ImageError::io(path, "duplicate", error))?;
         let (digest, report) =
-            archive::unpack(file, root.as_fd(), &self.bounds).map_err(|refused| match refused {
+            archive::unpack(file, root.as_fd(), &self.room()?).map_err(|refused| match refused {
                 Refused::Empty => ImageError::Empty { path: path.to_owned() },
+                refused if self.is_full(&refused) => self.full(),
                 refused => ImageError::Refused { path: path.to_owned(), refused },
             })?;
         if key_of(path, &again)? != *key {
@@ -356,6 +416,10 @@ impl Inner {
             }
             remove_tree(&aside);
         }
+    }
+
+    fn lock_states(&self) -> std::sync::MutexGuard<'_, States> {
+        self.states.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_cache(&self) -> std::sync::MutexGuard<'_, Cache> {

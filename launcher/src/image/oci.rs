@@ -17,10 +17,10 @@ use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest, MediaType};
 use super::digest::{Digest, DigestError};
 use super::unpack::Refused;
 pub use config::ImageConfig;
-pub(super) use layout::Layout;
+pub(crate) use layout::Layout;
 
 /// An index, manifest or configuration is no larger, bytes; registries allow 4 MiB.
-const MAX_JSON: u64 = 4 << 20;
+pub(crate) const MAX_JSON: u64 = 4 << 20;
 /// Layers of one image; Docker makes at most 127.
 const MAX_LAYERS: usize = 128;
 
@@ -146,22 +146,22 @@ pub enum OciError {
 
 /// What is to be had of an image: its layers, lowest first, and how it wants to be run.
 #[derive(Debug)]
-pub(super) struct Image {
+pub(crate) struct Image {
     /// Of the manifest.
-    pub(super) digest: Digest,
-    pub(super) layers: Vec<LayerBlob>,
-    pub(super) config: ImageConfig,
+    pub(crate) digest: Digest,
+    pub(crate) layers: Vec<LayerBlob>,
+    pub(crate) config: ImageConfig,
 }
 
 /// A layer as it is kept in the layout.
 #[derive(Clone, Debug)]
-pub(super) struct LayerBlob {
+pub(crate) struct LayerBlob {
     /// Of the bytes as they are kept.
-    pub(super) digest: Digest,
+    pub(crate) digest: Digest,
     /// Bytes.
-    pub(super) size: u64,
+    pub(crate) size: u64,
     /// Of the archive without its compression.
-    pub(super) diff_id: Digest,
+    pub(crate) diff_id: Digest,
 }
 
 /// `oci:PATH[:TAG|@sha256:DIGEST]`, without the `oci:`.
@@ -187,7 +187,7 @@ impl Reference {
 }
 
 /// Finds the image in a layout that is wanted on this machine.
-pub(super) fn find(layout: &Layout, wanted: Option<&str>) -> Result<Image, OciError> {
+pub(crate) fn find(layout: &Layout, wanted: Option<&str>) -> Result<Image, OciError> {
     let manifest = pick::manifest(layout, wanted)?;
     let (digest, manifest) = layout.json::<ImageManifest>("manifest", &manifest)?;
     let (_, config) = layout.json::<ImageConfiguration>("configuration", manifest.config())?;

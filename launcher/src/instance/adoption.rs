@@ -5,14 +5,10 @@ use std::{os::fd::OwnedFd, sync::Arc};
 use cmdb::{App, fingerprint::fnv1a};
 use nix::libc::SIGTERM;
 use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
 
 use super::{End, Launch, Made};
-use crate::{
-    keeper::{Created, monotonic_us},
-    outbound::LinkPlan,
-    output::Capture,
-    trace::Trace,
-};
+use crate::{image::Lease, outbound::LinkPlan, output::Capture, trace::Trace};
 
 /// What a daemon writes on a container, to be read by the next one should it die.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -50,6 +46,10 @@ pub struct Adoption {
     pub outputs: Vec<OwnedFd>,
     /// What the earlier daemon wrote on it.
     pub tag: Tag,
+    /// Dropped when it is supervised again, or is not to be.
+    pub under_way: Option<oneshot::Sender<()>>,
+    /// Keeps its image, from before anything looks for images that nobody uses.
+    pub image: Option<Lease>,
 }
 
 /// Tells apart what apps are told to run: a fingerprint of the configuration of container, volumes and network.
@@ -70,18 +70,21 @@ impl Launch {
         let group = self.host.cgroups.open(&self.container()).map_err(|e| self.cannot(&e))?;
         // It may have been asleep when its daemon died; the next idle time freezes it again.
         group.thaw().map_err(|e| self.cannot(&e))?;
-        let pidfd = adoption.pidfd.try_clone().map_err(|e| self.cannot(&e))?;
-        let sockets = self.host.netns.open(pidfd).await.map_err(|e| self.cannot(&e))?;
+        // Its memory may have been on its way to swap when its daemon died; the worker has died with it.
+        if let Err(error) = group.allow_swap(false) {
+            tracing::warn!(container = group.name(), %error, "an adopted instance may go on using swap");
+        }
+        let sockets = self.host.netns.open(adoption.pidfd).await.map_err(|e| self.cannot(&e))?;
         for (stream, read) in ["stdout", "stderr"].into_iter().zip(adoption.outputs) {
             captures.push(self.output.resume(self.generation, stream, read).map_err(|e| self.cannot(&e))?);
         }
         Ok(Made {
-            created: Created { pid: adoption.pid, pidfd: adoption.pidfd, at_us: monotonic_us() },
+            pid: adoption.pid,
             group: Arc::new(group),
             sockets,
             trace: Trace::of_earlier(adoption.tag.begun_us),
             _link: adoption.tag.link.map(|plan| self.host.outbound.adopt(plan)),
-            _image: self.host.images.lease(&adoption.tag.image),
+            _image: adoption.image.unwrap_or_else(|| self.host.images.lease(&adoption.tag.image)),
             port: Some(adoption.port),
             stop_signal: adoption.tag.stop_signal,
             listens: Some(adoption.port),

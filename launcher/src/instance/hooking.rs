@@ -57,7 +57,7 @@ impl Launch {
 
     pub(super) fn attendants(&self, made: &Made) -> Attendants {
         let mut subject = self.subject();
-        subject.pid = Some(made.created.pid);
+        subject.pid = Some(made.pid);
         subject.group = Some(Arc::clone(&made.group));
         Attendants {
             hooks: Arc::clone(&self.host.hooks),

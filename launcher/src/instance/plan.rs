@@ -1,14 +1,10 @@
 //! What the spawner is asked to make of an app.
 
-use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
-
-use rustix::fs::{Mode, OFlags, ResolveFlags};
-
 use super::{End, Launch, Tag, fingerprint};
 use crate::image::Layers;
 use crate::outbound::Link;
 use crate::sandbox::{NetworkPlan, Plan, VolumePlan};
+use std::collections::BTreeMap;
 
 /// Descriptors that an app may open; Debian's default for services.
 const NOFILE: u64 = 8192;
@@ -46,6 +42,9 @@ impl Launch {
         default("FC_GENERATION", self.generation.to_string());
         default("FC_WAKE_STARTED_NS", (begun_us * 1000).to_string());
         let volumes = self.app.volumes.iter();
+        if !self.app.volumes.is_empty() && self.host.datapool.is_none() {
+            return Err(self.failed("has volumes, but this host has no DataPool (see `up --datapool`)"));
+        }
         let stop_signal = own.stop_signal();
         let tag = Tag {
             id_base,
@@ -68,43 +67,18 @@ impl Launch {
             upper_bytes: self.app.resources.disk.0,
             shm_bytes: SHM_BYTES,
             nofile: NOFILE,
+            datapool: self.host.datapool.as_ref().map(|pool| pool.to_string_lossy().into_owned()),
             volumes: volumes
-                .map(|v| VolumePlan { target: v.target.clone(), read_only: v.read_only })
+                .map(|v| VolumePlan {
+                    source: v.source.clone(),
+                    quota: v.quota.map(|quota| quota.0),
+                    target: v.target.clone(),
+                    read_only: v.read_only,
+                })
                 .collect(),
             network: link.map(|link| NetworkPlan { resolv_conf: link.resolv_conf.clone() }),
             staging: self.host.staging.to_string_lossy().into_owned(),
             fault: self.host.faults.of(&self.container()),
         })
     }
-
-    /// Opens the app's volumes beneath the DataPool. In a blocking thread: a network file system may hang.
-    pub(super) async fn open_volumes(&self) -> Result<Vec<OwnedFd>, End> {
-        if self.app.volumes.is_empty() {
-            return Ok(Vec::new());
-        }
-        let Some(pool) = &self.host.datapool else {
-            return Err(self.failed("has volumes, but this host has no DataPool (see `up --datapool`)"));
-        };
-        let pool = pool.try_clone().map_err(|e| self.cannot(&e))?;
-        let sources: Vec<String> = self.app.volumes.iter().map(|v| v.source.clone()).collect();
-        let opened = tokio::task::spawn_blocking(move || {
-            sources
-                .iter()
-                .map(|source| open_beneath(&pool, source).map_err(|e| (source.clone(), e)))
-                .collect()
-        });
-        let opened: Result<Vec<OwnedFd>, (String, std::io::Error)> =
-            opened.await.map_err(|e| self.cannot(&e))?;
-        opened.map_err(|(source, error)| {
-            self.failed(&format!(
-                "could not be started: volume \"{source}\" cannot be opened beneath the DataPool: {error}"
-            ))
-        })
-    }
-}
-
-fn open_beneath(pool: &OwnedFd, source: &str) -> std::io::Result<OwnedFd> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
-    Ok(rustix::fs::openat2(pool, source, flags, Mode::empty(), resolve)?)
 }

@@ -289,7 +289,9 @@ impl Actor {
 
     fn lose(&mut self, why: &str) {
         tracing::error!(why, "the spawner is lost; containers live on, starting another");
-        self.link = None;
+        if let Some(link) = self.link.take() {
+            link.lose();
+        }
         self.failures = 0;
         self.retry_at = Instant::now();
         self.emit(KeeperEvent::SpawnerLost);

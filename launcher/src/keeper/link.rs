@@ -113,6 +113,14 @@ impl Link {
         self.socket.async_io(Interest::READABLE, |socket| wire::receive(socket.as_fd())).await
     }
 
+    /// Lets a spawner go that is lost; the runtime buries the one that was started here.
+    pub(super) fn lose(self) {
+        if self.child.is_none() {
+            let pid = self.pid;
+            tokio::spawn(async move { ended(pid).await });
+        }
+    }
+
     /// Closes the connection and waits for the end of a spawner that was told to end.
     pub(super) async fn close(mut self) {
         let gone = async {
@@ -128,7 +136,7 @@ impl Link {
     }
 }
 
-/// Waits for the end of a process that is not our child.
+/// Waits for the end of a process that was not started here.
 async fn ended(pid: u32) -> io::Result<()> {
     let pid = i32::try_from(pid)
         .ok()
@@ -136,6 +144,8 @@ async fn ended(pid: u32) -> io::Result<()> {
         .ok_or(io::ErrorKind::InvalidInput)?;
     let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::NONBLOCK)?;
     crate::asyncfd::register(pidfd, Interest::READABLE)?.readable().await?.retain_ready();
+    // It is this process's child after all if this program was started anew.
+    let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::NOHANG);
     Ok(())
 }
 

@@ -11,15 +11,13 @@ use super::report::Reporter;
 use super::root::{self, Root, Staging};
 use super::seccomp::Filters;
 use super::step::{About, Failure, Steps};
-use super::{files, kernelfs, process, sys, user};
+use super::{files, kernelfs, process, sys, user, volumes};
 
 /// What the child got from its parent, by inheritance.
 pub(super) struct Inheritance<'a> {
     pub(super) plan: &'a Plan,
     /// Detached, id-mapped, read-only; lowest first.
     pub(super) layers: Vec<OwnedFd>,
-    /// Detached, in the plan's order.
-    pub(super) volumes: Vec<OwnedFd>,
     /// The detached file for `/etc/hosts`.
     pub(super) hosts: Option<OwnedFd>,
     /// See [`super::plan::PlanFds::gate`].
@@ -62,6 +60,7 @@ fn prepare(given: Inheritance<'_>, reporter: &Reporter, steps: &mut Steps<'_>) -
 
     // The root, put together where only this mount namespace sees it.
     steps.run("make mounts private", root::make_mounts_private)?;
+    let volumes = steps.run("open volumes", || volumes::open(plan, given.userns))?;
     let staging = steps.run("mount staging", || Staging::mount(plan))?;
     steps.run("attach layers", || staging.attach_layers(&given.layers))?;
     steps.run("provide files", || {
@@ -80,7 +79,7 @@ fn prepare(given: Inheritance<'_>, reporter: &Reporter, steps: &mut Steps<'_>) -
     }
 
     // The tenant's directories, then the kernel's file systems on the places that were checked before.
-    steps.run("mount volumes", || mount_volumes(&root, plan, &given.volumes))?;
+    steps.run("mount volumes", || volumes::attach(&root, plan, &volumes))?;
     steps.run("mount proc", || kernelfs::mount_proc(points.proc.as_fd()))?;
     let dev = steps.run("mount dev", || kernelfs::mount_dev(&staging, points.dev.as_fd(), plan.id_base))?;
     steps.run("mount devpts", || kernelfs::mount_devpts(dev.as_fd(), plan.id_base))?;
@@ -118,7 +117,7 @@ fn prepare(given: Inheritance<'_>, reporter: &Reporter, steps: &mut Steps<'_>) -
 
 impl Inheritance<'_> {
     fn descriptors(&self, reporter: &Reporter) -> Vec<RawFd> {
-        let lists = [&self.layers, &self.volumes, &self.cgroup_tasks];
+        let lists = [&self.layers, &self.cgroup_tasks];
         let mut all: Vec<RawFd> = lists.into_iter().flatten().map(AsRawFd::as_raw_fd).collect();
         let single = [self.stdout.as_fd(), self.stderr.as_fd(), self.userns, reporter.as_fd()];
         all.extend(single.iter().map(AsRawFd::as_raw_fd));
@@ -131,12 +130,4 @@ impl Inheritance<'_> {
 fn mount_hosts(root: &Root, hosts: BorrowedFd<'_>) -> Result<(), Failure> {
     let place = root.resolve("/etc/hosts", OFlags::PATH | OFlags::NOFOLLOW).about("/etc/hosts")?;
     mount::attach(hosts, place.as_fd()).about("/etc/hosts")
-}
-
-fn mount_volumes(root: &Root, plan: &Plan, volumes: &[OwnedFd]) -> Result<(), Failure> {
-    for (volume, mount) in plan.volumes.iter().zip(volumes) {
-        let target = root.directory(&volume.target)?;
-        mount::attach(mount.as_fd(), target.as_fd()).about(&volume.target)?;
-    }
-    Ok(())
 }

@@ -13,6 +13,7 @@ mod mount;
 pub mod notify;
 mod plan;
 mod process;
+mod quota;
 mod report;
 mod root;
 mod seccomp;
@@ -21,6 +22,7 @@ mod step;
 mod sys;
 mod user;
 mod userns;
+mod volumes;
 
 pub use plan::{ContainerId, Fault, NetworkPlan, Plan, PlanFds, StepError, StepTiming, VolumePlan};
 pub use report::Report;

@@ -42,7 +42,10 @@ pub struct Plan {
     pub shm_bytes: u64,
     /// RLIMIT_NOFILE (soft and hard) inside.
     pub nofile: u64,
-    /// Volumes, in mount order; the n-th belongs to the n-th of [`PlanFds::volumes`].
+    /// The DataPool: the folder of the host beneath which the volumes are (absolute).
+    #[serde(default)]
+    pub datapool: Option<String>,
+    /// Volumes, in mount order.
     pub volumes: Vec<VolumePlan>,
     /// What a container that may connect out has besides; `None` for one that may not.
     #[serde(default)]
@@ -71,6 +74,10 @@ pub struct Fault {
 /// One volume of a [`Plan`].
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct VolumePlan {
+    /// Where it is beneath [`Plan::datapool`].
+    pub source: String,
+    /// Most that it may hold, bytes.
+    pub quota: Option<u64>,
     /// Where it appears inside (absolute).
     pub target: String,
     /// Whether writing is refused.
@@ -89,8 +96,6 @@ pub struct NetworkPlan {
 pub struct PlanFds {
     /// Image layers (directories), lowest first, mounted read-only and id-mapped.
     pub layers: Vec<OwnedFd>,
-    /// Directories of the volumes, in the order of [`Plan::volumes`].
-    pub volumes: Vec<OwnedFd>,
     /// cgroup v1: the `tasks` files (open for writing) of the container's cgroups, joined by the child itself.
     pub cgroup_tasks: Vec<OwnedFd>,
     /// cgroup v2 (also of a hybrid): the container's directory, for `CLONE_INTO_CGROUP`.

@@ -43,9 +43,10 @@ pub fn start(plan: &Plan, fds: PlanFds, userns: &UserNs) -> Result<Started, Step
     steps.run("check plan", || check(plan, &fds, userns))?;
     let filters = Filters::prepared();
     let layers = steps.run("open layers", || open_layers(&fds, userns))?;
-    let volumes = steps.run("open volumes", || open_volumes(plan, &fds, userns))?;
-    let hosts = steps
-        .run("open hosts", || fds.hosts.as_ref().map(|hosts| mount::host_file(hosts.as_fd())).transpose())?;
+    let hosts = match &fds.hosts {
+        Some(hosts) => Some(steps.run("open hosts", || mount::host_file(hosts.as_fd()))?),
+        None => None,
+    };
     let protected = steps.run("read oom score", process::is_protected_from_oom)?;
     let (report, reporter) = steps.run("open report socket", || {
         let pair =
@@ -64,7 +65,6 @@ pub fn start(plan: &Plan, fds: PlanFds, userns: &UserNs) -> Result<Started, Step
             let given = Inheritance {
                 plan,
                 layers,
-                volumes,
                 hosts,
                 gate,
                 cgroup_tasks,
@@ -96,14 +96,6 @@ fn open_layers(fds: &PlanFds, userns: &UserNs) -> Result<Vec<OwnedFd>, Failure> 
     opened.collect()
 }
 
-fn open_volumes(plan: &Plan, fds: &PlanFds, userns: &UserNs) -> Result<Vec<OwnedFd>, Failure> {
-    let volumes = plan.volumes.iter().zip(&fds.volumes);
-    let opened = volumes.map(|(volume, directory)| {
-        mount::volume(directory.as_fd(), userns.fd.as_fd(), volume.read_only).about(&volume.target)
-    });
-    opened.collect()
-}
-
 /// Refuses plans that contradict themselves or would undo the isolation. The daemon checks plans with better messages;
 /// this is the last door.
 fn check(plan: &Plan, fds: &PlanFds, userns: &UserNs) -> Result<(), Failure> {
@@ -113,9 +105,6 @@ fn check(plan: &Plan, fds: &PlanFds, userns: &UserNs) -> Result<(), Failure> {
     }
     if fds.layers.is_empty() {
         return invalid("no image layer");
-    }
-    if plan.volumes.len() != fds.volumes.len() {
-        return invalid("as many volumes as descriptors are needed");
     }
     if plan.id_base != userns.id_base {
         return invalid("the ids are not those of the user namespace");

@@ -74,11 +74,11 @@ impl<T, E: Into<Failure>> About<T> for Result<T, E> {
     }
 }
 
-/// The names of all steps, in the order of execution.
+/// The names of all steps of a container without network, in the order of execution. One with has besides `open hosts`,
+/// `mount hosts` and `wait for network`.
 pub const STEPS: [&str; 43] = [
     "check plan",
     "open layers",
-    "open volumes",
     "read oom score",
     "open report socket",
     "clone",
@@ -89,6 +89,7 @@ pub const STEPS: [&str; 43] = [
     "new session",
     "reset oom score",
     "make mounts private",
+    "open volumes",
     "mount staging",
     "attach layers",
     "provide files",

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::{Cure, Evidence, Policy, is_calm};
+use super::{Cure, Evidence, FEW, Policy, is_calm, verdict::FULL_WINDOW_MS};
 
 /// A step back that was soon regretted makes the next one wait twice as long, up to so many cool-downs.
 const PATIENCE_MAX: u64 = 64;
@@ -104,10 +104,28 @@ impl History {
         }
     }
 
-    /// The most responses that were counted in a second lately.
+    /// How things are before a step, with the most responses that were counted in a second lately. Where the load has not
+    /// lasted a second yet, it is their pace so far that counts; what a quota stops comes in bursts and has none.
     #[must_use]
-    pub fn most_responses(&self) -> u32 {
-        self.responses.iter().map(|(_, count)| *count).max().unwrap_or(0)
+    pub fn before(&self, evidence: &Evidence) -> Evidence {
+        match self.pace() {
+            Some(pace) if evidence.loaded_ms < FULL_WINDOW_MS && !evidence.is_throttled() => {
+                Evidence { responses: pace, loaded_ms: FULL_WINDOW_MS, ..*evidence }
+            }
+            _ => {
+                let most = self.responses.iter().map(|(_, count)| *count).max().unwrap_or(0);
+                Evidence { responses: most, ..*evidence }
+            }
+        }
+    }
+
+    /// Responses in a second, as they came since the first of this load; `None`: too few to say.
+    fn pace(&self) -> Option<u32> {
+        let (first, then) = self.responses.iter().find(|(_, count)| *count > 0)?;
+        let (last, now) = self.responses.back()?;
+        let (time, count) = (last - first, now.checked_sub(*then).filter(|count| *count >= FEW)?);
+        let pace = (u64::from(count) * 1_000).checked_div(time)?;
+        u32::try_from(pace).ok()
     }
 
     /// Whether a step waits for its verdict.

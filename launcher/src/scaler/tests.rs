@@ -64,10 +64,12 @@ fn the_table_of_causes_and_cures() {
         (full(slow()), Cause::Host, Cure::Nothing),
         (slow(), Cause::Elsewhere, Cure::Nothing),
         (Evidence { cpu_stalled: 10, ..full(slow()) }, Cause::Elsewhere, Cure::Nothing),
+        (Evidence { cpu_stalled: 500, ..slow() }, Cause::Host, Cure::Nothing),
+        (Evidence { throttled: 7, ..throttled(slow()) }, Cause::Unclear, Cure::Nothing),
     ] {
         let decision = decided(evidence);
         assert_eq!((decision.cause, decision.cure), (cause, cure), "{evidence:?}");
-        assert_eq!(decision.words.is_empty(), cause == Cause::Fine, "{decision:?}");
+        assert_eq!(decision.words.is_empty(), matches!(cause, Cause::Fine | Cause::Unclear), "{decision:?}");
     }
 }
 
@@ -122,6 +124,31 @@ fn a_verdict_needs_load_and_a_difference() {
     assert_eq!(judge(&early, &Evidence { responses: 90, ..before }, &POLICY), Verdict::InVain);
     assert_eq!(judge(&early, &Evidence { used: 500, ..before }, &POLICY), Verdict::Helped);
     assert_eq!(judge(&before, &Evidence { in_flight: 1, ..before }, &POLICY), Verdict::Unknown);
+    let starved = Evidence { throttled: 0, cpu_stalled: 700, ..before };
+    assert_eq!(judge(&before, &starved, &POLICY), Verdict::Unknown);
+}
+
+#[test]
+fn a_step_soon_after_the_load_began_is_judged_by_the_pace_of_the_responses() {
+    let mut history = History::default();
+    let at = |at_ms: u64, responses| Evidence {
+        at_ms: 10_000 + at_ms,
+        loaded_ms: at_ms,
+        responses,
+        backlog: 4,
+        in_flight: 6,
+        p90_us: 160_000,
+        ..fine()
+    };
+    for (ms, responses) in [(20, 0), (100, 4), (200, 8), (300, 12)] {
+        history.observe(&at(ms, responses), &POLICY);
+    }
+    let before = history.before(&at(300, 12));
+    assert_eq!(before.responses, 40);
+    assert_eq!(judge(&before, &at(2_400, 78), &POLICY), Verdict::Helped);
+    assert_eq!(judge(&before, &at(2_400, 42), &POLICY), Verdict::InVain);
+    let throttled = throttled(at(300, 12));
+    assert_eq!(history.before(&throttled), throttled, "it comes in bursts");
 }
 
 fn any_evidence() -> impl Strategy<Value = Evidence> {

@@ -1,9 +1,9 @@
 //! Whether a step helped.
 
-use super::{Evidence, FEW, Policy};
+use super::{CPU_SHORT, Evidence, FEW, Policy};
 
 /// So long the load must have lasted for its responses to be counted, ms.
-const FULL_WINDOW_MS: u64 = 1_000;
+pub(super) const FULL_WINDOW_MS: u64 = 1_000;
 
 /// What came of a step.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -12,7 +12,7 @@ pub enum Verdict {
     Helped,
     /// It did not.
     InVain,
-    /// The load has gone meanwhile.
+    /// The load has gone meanwhile, or the host's CPU.
     Unknown,
 }
 
@@ -32,5 +32,10 @@ pub fn judge(before: &Evidence, after: &Evidence, policy: &Policy) -> Verdict {
         before.is_throttled() && quarter_more(before.used, after.used)
     };
     let shorter_queue = before.queue() > 0 && after.queue() * 2 <= before.queue();
-    if fine || faster || more || shorter_queue { Verdict::Helped } else { Verdict::InVain }
+    if fine || faster || more || shorter_queue {
+        return Verdict::Helped;
+    }
+    // What was given could not be used: that says nothing about the step.
+    let starves = after.cpu_stalled >= CPU_SHORT && !after.is_held_back();
+    if starves { Verdict::Unknown } else { Verdict::InVain }
 }

@@ -21,7 +21,7 @@ pub const MAX_MESSAGE: usize = 64 * 1024;
 /// No message carries more descriptors (the kernel's SCM_MAX_FD).
 pub const MAX_FDS: usize = 253;
 /// Version of this protocol; a daemon does not talk to a spawner of another version.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// What the daemon asks.
 #[derive(Debug, Deserialize, Serialize)]
@@ -185,8 +185,6 @@ pub enum Exit {
 pub struct FdCounts {
     /// [`PlanFds::layers`].
     pub layers: usize,
-    /// [`PlanFds::volumes`].
-    pub volumes: usize,
     /// [`PlanFds::cgroup_tasks`].
     pub cgroup_tasks: usize,
     /// [`PlanFds::cgroup_dir`].
@@ -206,7 +204,6 @@ impl FdCounts {
     pub fn pack(fds: PlanFds) -> (FdCounts, Vec<OwnedFd>) {
         let counts = FdCounts {
             layers: fds.layers.len(),
-            volumes: fds.volumes.len(),
             cgroup_tasks: fds.cgroup_tasks.len(),
             cgroup_dir: fds.cgroup_dir.is_some(),
             hosts: fds.hosts.is_some(),
@@ -214,7 +211,6 @@ impl FdCounts {
             outputs: fds.outputs.len(),
         };
         let mut row = fds.layers;
-        row.extend(fds.volumes);
         row.extend(fds.cgroup_tasks);
         row.extend(fds.cgroup_dir);
         row.extend(fds.hosts);
@@ -227,11 +223,7 @@ impl FdCounts {
 
     /// The inverse of [`FdCounts::pack`]; `None` when the number of descriptors is not what the counts say.
     pub fn unpack(self, row: Vec<OwnedFd>) -> Option<PlanFds> {
-        let named = self
-            .layers
-            .checked_add(self.volumes)?
-            .checked_add(self.cgroup_tasks)?
-            .checked_add(self.outputs)?;
+        let named = self.layers.checked_add(self.cgroup_tasks)?.checked_add(self.outputs)?;
         let single = [self.cgroup_dir, self.hosts, self.gate].map(usize::from).iter().sum::<usize>();
         if row.len() != named.checked_add(single + 2)? {
             return None;
@@ -239,7 +231,6 @@ impl FdCounts {
         let mut row = row.into_iter();
         Some(PlanFds {
             layers: row.by_ref().take(self.layers).collect(),
-            volumes: row.by_ref().take(self.volumes).collect(),
             cgroup_tasks: row.by_ref().take(self.cgroup_tasks).collect(),
             cgroup_dir: if self.cgroup_dir { row.next() } else { None },
             hosts: if self.hosts { row.next() } else { None },

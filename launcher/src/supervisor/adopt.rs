@@ -6,12 +6,12 @@ use cmdb::{Generation, Transition};
 use launcher_client::wire::WakeTiming;
 use nix::libc::SIGKILL;
 
-use super::Supervisor;
+use super::{Awake, Supervisor};
 use crate::instance::{Adoption, Live, fingerprint, name};
 
 impl Supervisor {
     /// Goes on with an instance of an earlier daemon.
-    pub(super) async fn adopt(&mut self, generation: Generation, adoption: Adoption) {
+    pub(super) async fn adopt(&mut self, generation: Generation, mut adoption: Adoption) {
         let id = name(&self.app.name, generation);
         let outdated = adoption.tag.runs != fingerprint(&self.app);
         let (pid, image, port) = (adoption.pid, adoption.tag.image.clone(), adoption.port);
@@ -26,7 +26,7 @@ impl Supervisor {
         }
         let launch = self.admit(generation, None);
         if let Some(running) = self.running.get_mut(&generation) {
-            running.adopted(pid, image);
+            running.adopted(pid, image, adoption.under_way.take());
             if outdated {
                 running.wants_replacement =
                     Some("its configuration changed while no launcher ran".to_owned());
@@ -45,7 +45,10 @@ impl Supervisor {
         let generation = live.id.generation;
         if let Some(running) = self.running.get_mut(&generation).filter(|r| r.is_adopted()) {
             running.group = Some(Arc::clone(&live.group));
-            running.ready(live, timing);
+            running.ready(Arc::clone(&live), timing.clone());
+        }
+        for waker in self.wakers.drain(..) {
+            let _ = waker.send(Ok(Awake { live: Arc::clone(&live), timing: timing.clone() }));
         }
     }
 }

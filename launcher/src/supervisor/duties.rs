@@ -180,8 +180,9 @@ impl Supervisor {
         loop {
             // A replacement that starts may be one too many until the old one ends.
             let counts = |running: &Running| {
-                !running.is_ending()
-                    && !(running.replaces.is_some() && matches!(running.stage, Stage::Starting))
+                let replacement_starts =
+                    running.replaces.is_some() && matches!(running.stage, Stage::Starting);
+                !running.is_ending() && !replacement_starts
             };
             let serving: Vec<_> = self.running.iter().filter(|(_, running)| counts(running)).collect();
             if serving.len() <= usize::try_from(self.app.scale.max).unwrap_or(usize::MAX) {
@@ -249,6 +250,7 @@ impl Supervisor {
             running.report(watcher, activity);
             self.look_sooner(activity);
             self.look_for_leak(activity.generation);
+            self.learn_from(activity);
         }
     }
 
@@ -377,7 +379,7 @@ impl Supervisor {
         u32::try_from(self.running.values().filter(|r| !r.is_ending()).count()).unwrap_or(u32::MAX)
     }
 
-    fn minimum(&self) -> u32 {
+    pub(super) fn minimum(&self) -> u32 {
         if self.removed || self.ending { 0 } else { self.app.scale.min }
     }
 

@@ -13,7 +13,7 @@ use super::{
     Awake, Supervisor,
     running::{Rest, Running},
 };
-use crate::{instance::name, keeper::monotonic_us};
+use crate::{instance::name, keeper::monotonic_us, tiers::Tier};
 
 /// How long the proxies may take to finish with an idle instance; one that is not idle after all stays awake.
 const DOZE: Duration = Duration::from_secs(1);
@@ -26,6 +26,9 @@ impl Supervisor {
                 self.app.lifecycle.freeze_after.map(|after| running.last_active + after)
             }
             Rest::Dozing { until, .. } => Some(*until),
+            Rest::Frozen if running.sleeps_in() == Some(Tier::Frozen) => {
+                self.app.lifecycle.reclaim_after.map(|after| running.last_active + after)
+            }
             Rest::Awake | Rest::Frozen => None,
         }
     }
@@ -40,15 +43,22 @@ impl Supervisor {
                 running.last_active = now;
                 self.awaken(generation).await;
             }
-            Rest::Awake if due.is_some_and(|due| due <= now) => {
-                drop(self.apply(Transition::Freeze { generation }).await);
-                // After the transition: a proxy that connects from now on sees it frozen from the start.
-                let waits_for = self.host.watchers.present();
-                if let Some(running) = self.running.get_mut(&generation) {
-                    running.rest = Rest::Dozing { waits_for, until: now + DOZE };
-                }
+            Rest::Awake if due.is_some_and(|due| due <= now) => self.doze(generation, now).await,
+            Rest::Frozen if due.is_some_and(|due| due <= now) => {
+                let idle = now.saturating_duration_since(running.last_active);
+                self.reclaim(generation, &format!("idle for {idle:.0?}"));
             }
             _ => {}
+        }
+    }
+
+    /// Takes it out of service; it is frozen when the proxies have nothing on it.
+    pub(super) async fn doze(&mut self, generation: Generation, now: Instant) {
+        drop(self.apply(Transition::Freeze { generation }).await);
+        // After the transition: a proxy that connects from now on sees it frozen from the start.
+        let waits_for = self.host.watchers.present();
+        if let Some(running) = self.running.get_mut(&generation) {
+            running.rest = Rest::Dozing { waits_for, until: now + DOZE };
         }
     }
 
@@ -57,12 +67,16 @@ impl Supervisor {
         let (live, timing) = self.running.get(&generation)?.live()?;
         let begun = monotonic_us();
         let slept = self.running.get(&generation).is_some_and(|r| r.rest != Rest::Awake);
+        let tier = self.running.get(&generation).and_then(Running::sleeps_in);
         let mut timing = WakeTiming { warm: true, ..timing };
         if slept {
             self.awaken(generation).await;
             let us = monotonic_us().saturating_sub(begun);
             timing.steps = vec![Step { name: "thaw".into(), us }];
             timing.total_us = us;
+            if let Some(running) = self.running.get_mut(&generation) {
+                running.woke = tier.map(|tier| (tier, us));
+            }
         }
         Some(Awake { live, timing })
     }
@@ -70,11 +84,16 @@ impl Supervisor {
     async fn awaken(&mut self, generation: Generation) {
         let Some(running) = self.running.get_mut(&generation) else { return };
         let was_frozen = running.rest == Rest::Frozen;
+        let reclaimed = if running.is_reclaimed() { "; its memory had been reclaimed" } else { "" };
         running.thaw();
         running.last_active = Instant::now();
         drop(self.apply(Transition::Thaw { generation }).await);
         if was_frozen {
-            self.emit("thawed", generation, format!("{} runs again", name(&self.app.name, generation)));
+            self.emit(
+                "thawed",
+                generation,
+                format!("{} runs again{reclaimed}", name(&self.app.name, generation)),
+            );
         }
     }
 

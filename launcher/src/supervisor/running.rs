@@ -2,21 +2,29 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    io,
     sync::Arc,
     time::Duration,
 };
 
 use cmdb::{App, Generation, State};
 use launcher_client::wire::{Activity, WakeTiming};
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use super::leak::Growth;
 use crate::{
+    backlog::Backlog,
     cgroup::Group,
     governor::Slot,
     instance::{Control, Live},
     monitor::Monitor,
+    tiers::Tier,
 };
+
+use super::tiers::Reclaim;
 
 /// A proxy's figures are about the last second, and say nothing about the one after.
 const REPORTS_HOLD: Duration = Duration::from_secs(1);
@@ -54,13 +62,21 @@ pub(super) struct Running {
     pub(super) quota_applied: bool,
     /// Whether it sleeps while it is ready.
     pub(super) rest: Rest,
+    /// What has become of its memory while it is frozen.
+    pub(super) reclaim: Reclaim,
+    /// The tier from which it was woken last, and how long that took, µs, until its first byte completes the figure.
+    pub(super) woke: Option<(Tier, u64)>,
     /// Whether a proxy's suspicion is being looked into.
     pub(super) examined: bool,
     /// How its memory grows.
     pub(super) growth: Growth,
     adopted: bool,
+    /// See [`crate::instance::Adoption::under_way`].
+    adoption: Option<oneshot::Sender<()>>,
     /// What it got of the CPU.
     pub(super) monitor: Monitor,
+    /// Its listen queue, from the first look on; an error is told once.
+    pub(super) backlog: Option<io::Result<Backlog>>,
     control: mpsc::UnboundedSender<Control>,
     begun: Instant,
     /// Of each proxy: what it last told, and when.
@@ -141,8 +157,12 @@ impl Running {
             examined: false,
             rest: Rest::Awake,
             growth: Growth::default(),
+            reclaim: Reclaim::No,
+            woke: None,
             adopted: false,
+            adoption: None,
             monitor: Monitor::default(),
+            backlog: None,
             control,
             begun: now,
             reports: HashMap::new(),
@@ -156,8 +176,9 @@ impl Running {
     }
 
     /// It was started by an earlier daemon.
-    pub(super) fn adopted(&mut self, pid: i32, image: String) {
+    pub(super) fn adopted(&mut self, pid: i32, image: String, under_way: Option<oneshot::Sender<()>>) {
         self.adopted = true;
+        self.adoption = under_way;
         self.pid = Some(pid);
         self.image = image;
     }
@@ -171,6 +192,7 @@ impl Running {
         let expires =
             self.app.lifecycle.lifetime.map(|lifetime| since + jittered(lifetime, live.id.generation));
         self.last_active = since;
+        self.adoption = None;
         self.stage = Stage::Ready { live, timing, since, expires };
     }
 
@@ -233,6 +255,9 @@ impl Running {
 
     /// Lets it run again, if it was frozen.
     pub(super) fn thaw(&mut self) {
+        if let Reclaim::UnderWay(task) = std::mem::take(&mut self.reclaim) {
+            task.abort();
+        }
         if std::mem::take(&mut self.rest) == Rest::Frozen
             && let Some(group) = &self.group
             && let Err(error) = group.thaw()

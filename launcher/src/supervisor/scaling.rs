@@ -13,8 +13,7 @@ use super::{
 use crate::{
     clock::unix_ms,
     instance::name,
-    monitor,
-    scaler::{self, Cause, Cure, Evidence, FEW, History, Kind, Policy, Verdict, cores},
+    scaler::{self, Cause, Cure, Evidence, FEW, HOST_FULL, History, Kind, Policy, Verdict, cores},
 };
 
 /// How often an active app is looked at.
@@ -114,6 +113,7 @@ impl Supervisor {
         }
         (self.scaling.looked, self.scaling.next) = (now, now + LOOK_EVERY);
         let policy = Policy::of(&self.app);
+        self.watch_backlogs().await;
         let (evidence, slowest) = self.evidence(now);
         self.scaling.history.observe(&evidence, &policy);
         self.judge(&evidence, &policy, now).await;
@@ -148,6 +148,19 @@ impl Supervisor {
         self.emit(kind, about, words);
     }
 
+    /// Each instance that serves has its listen queue watched. Without it, a lack of workers is not seen.
+    async fn watch_backlogs(&mut self) {
+        for running in self.running.values_mut() {
+            let Some((live, _)) = running.live().filter(|_| running.backlog.is_none()) else { continue };
+            let made = live.sockets.backlog(live.port).await;
+            let made = made.and_then(|backlog| backlog.length().map(|_| backlog));
+            if let Err(error) = &made {
+                tracing::warn!(instance = %live.id, %error, "the length of its listen queue is not known");
+            }
+            running.backlog = Some(made);
+        }
+    }
+
     fn evidence(&mut self, now: Instant) -> (Evidence, Generation) {
         let load = self.host.meter.load(now.into_std());
         let mut slowest = self.running.last_key_value().map_or(Generation(0), |(generation, _)| *generation);
@@ -164,7 +177,9 @@ impl Supervisor {
         for (generation, running) in &mut self.running {
             let Some((live, _)) = running.live().filter(|_| running.rest == Rest::Awake) else { continue };
             evidence.in_flight += running.in_flight();
-            evidence.backlog += monitor::listen_queue(live.pid, live.port);
+            if let Some(Ok(backlog)) = &running.backlog {
+                evidence.backlog += backlog.length().unwrap_or(0);
+            }
             for (watcher, activity) in running.recent_reports() {
                 // Every report of an app's instances tells of the same queue.
                 let most = held.entry(watcher).or_insert(0);
@@ -179,7 +194,8 @@ impl Supervisor {
             let cpu = running.monitor.cpu();
             evidence.used = evidence.used.saturating_add(cpu.used);
             // Where the kernel does not tell, a full host is taken to be felt.
-            evidence.cpu_stalled = evidence.cpu_stalled.max(cpu.stalled.unwrap_or(1_000));
+            let unknown = if load.busy >= HOST_FULL { 1_000 } else { 0 };
+            evidence.cpu_stalled = evidence.cpu_stalled.max(cpu.stalled.unwrap_or(unknown));
             // Until its first byte an instance has no quota: what it does then is no pressure.
             if running.quota_applied {
                 evidence.quota = quota;
@@ -219,7 +235,7 @@ impl Supervisor {
         self.scaling.history.stepped(cure, evidence, policy);
         let Some(kind) = Kind::of(cure).filter(|kind| *kind != Kind::Back) else { return };
         let judged_at = added.is_none().then(|| Instant::now() + JUDGED_AFTER);
-        let before = Evidence { responses: self.scaling.history.most_responses(), ..*evidence };
+        let before = self.scaling.history.before(evidence);
         self.scaling.trial = Some(Trial { kind, before, added, judged_at });
     }
 
@@ -273,7 +289,9 @@ impl Supervisor {
         let words = match verdict {
             Verdict::Helped => format!("{step} helped: {figures}"),
             Verdict::InVain => format!("{step} did not help: {figures}; it is undone"),
-            Verdict::Unknown => format!("{step} cannot be judged, the load has gone: {figures}"),
+            Verdict::Unknown => {
+                format!("{step} cannot be judged, the load has gone or the host is full: {figures}")
+            }
         };
         let about = trial.added.or_else(|| self.running.keys().next_back().copied()).unwrap_or_default();
         self.decided("verdict", about, words);

@@ -42,11 +42,15 @@ impl Supervisor {
         status.cpu_us = group.and_then(|g| g.cpu_stat().ok()).map(|s| s.usage_us);
         status.cpu_limit = self.quota().filter(|_| running.quota_applied);
         status.memory_bytes = memory.map(|m| m.current);
+        status.reclaimed = running.is_reclaimed();
+        status.swap_bytes = group.and_then(crate::cgroup::Group::swap);
         status.memory_limit = memory.and_then(|m| m.limit);
         status.pids = group.and_then(|g| g.pids_current().ok());
         status.image.clone_from(&running.image);
         status.decision.clone_from(&self.decision);
         status.leak = self.suspicion();
+        let current = self.host.images.current(&self.app.container.image);
+        status.image_is_old = !running.image.is_empty() && current.is_some_and(|id| id != running.image);
         status
     }
 }
@@ -71,11 +75,14 @@ pub(crate) fn absent(app: &App, record: Option<&AppRecord>) -> Status {
         cpu_limit: None,
         memory_bytes: None,
         memory_limit: None,
+        swap_bytes: None,
+        reclaimed: false,
         pids: None,
         image: app.container.image.clone(),
         overrides: Vec::new(),
         decision: None,
         leak: None,
+        image_is_old: false,
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use launcher::cgroup::{Cgroups, Group, Limits};
-use launcher::image::ImageStore;
+use launcher::image::{ImageStore, Options};
 use launcher::keeper::{Created, Exit, Found, Keeper, KeeperError, KeeperEvent, Listening};
 use launcher::network::{NetNs, NetSockets};
 use launcher::sandbox::{ContainerId, Plan, PlanFds};
@@ -90,7 +90,11 @@ impl Lab {
         let cgroups = Cgroups::detect(&name).unwrap();
         Lab {
             _guard: Guard { keeper: started.keeper.clone(), cgroups: cgroups.clone() },
-            images: ImageStore::new(&dir.path().join("images")).unwrap(),
+            images: ImageStore::new(
+                &dir.path().join("images"),
+                Options::new("/nonexistent".into(), dir.path().join("fetch")),
+            )
+            .unwrap(),
             cgroups,
             netns: NetNs::new(),
             keeper: started.keeper,
@@ -120,6 +124,7 @@ impl Lab {
             upper_bytes: 16 << 20,
             shm_bytes: 1 << 20,
             nofile: 256,
+            datapool: None,
             volumes: Vec::new(),
             note: String::new(),
             network: None,
@@ -155,7 +160,6 @@ impl Lab {
         (
             PlanFds {
                 layers,
-                volumes: Vec::new(),
                 cgroup_tasks,
                 cgroup_dir,
                 hosts: None,

@@ -131,7 +131,6 @@ impl Outcome {
 pub struct Container {
     pub plan: Plan,
     layers: Vec<PathBuf>,
-    volumes: Vec<PathBuf>,
     pub cgroup_tasks: Vec<PathBuf>,
     pub cgroup_dir: Option<PathBuf>,
     staging: TempDir,
@@ -152,6 +151,7 @@ impl Container {
             upper_bytes: 16 << 20,
             shm_bytes: 4 << 20,
             nofile: 256,
+            datapool: Some("/".to_owned()),
             volumes: Vec::new(),
             note: String::new(),
             network: None,
@@ -159,7 +159,7 @@ impl Container {
             fault: None,
         };
         let layers = vec![image.path().to_owned()];
-        Container { plan, layers, volumes: Vec::new(), cgroup_tasks: Vec::new(), cgroup_dir: None, staging }
+        Container { plan, layers, cgroup_tasks: Vec::new(), cgroup_dir: None, staging }
     }
 
     pub fn shell(image: &Image, script: &str) -> Container {
@@ -178,8 +178,8 @@ impl Container {
     }
 
     pub fn volume(mut self, source: &Path, target: &str, read_only: bool) -> Container {
-        self.volumes.push(source.to_owned());
-        self.plan.volumes.push(VolumePlan { target: target.to_owned(), read_only });
+        let source = source.strip_prefix("/").unwrap().to_str().unwrap().to_owned();
+        self.plan.volumes.push(VolumePlan { source, quota: None, target: target.to_owned(), read_only });
         self
     }
 
@@ -187,7 +187,6 @@ impl Container {
     pub fn fds(&self, stdout: OwnedFd, stderr: OwnedFd) -> PlanFds {
         PlanFds {
             layers: self.layers.iter().map(|path| directory(path)).collect(),
-            volumes: self.volumes.iter().map(|path| directory(path)).collect(),
             cgroup_tasks: self.cgroup_tasks.iter().map(|path| writable(path)).collect(),
             cgroup_dir: self.cgroup_dir.as_deref().map(directory),
             hosts: None,

@@ -9,13 +9,15 @@ use pingora::{
     proxy::Session,
 };
 
-use super::{Ctx, client_ip, resolve::REQUEST_ID};
+use super::{Ctx, client_ip};
 use crate::{measure::Part, pages::Fault, telemetry::micros, tenant::House};
 
-const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
-const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
-const REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
+// As text, for of a `HeaderName` Pingora makes a copy to keep its case.
+const FORWARDED_FOR: &str = "X-Forwarded-For";
+const FORWARDED_PROTO: &str = "X-Forwarded-Proto";
+const FORWARDED_HOST: &str = "X-Forwarded-Host";
+const REAL_IP: &str = "X-Real-IP";
+const REQUEST_ID: &str = "X-Request-ID";
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 const INSTANCE: HeaderName = HeaderName::from_static("x-fastcontainer-instance");
 
@@ -147,7 +149,8 @@ fn strip_claims(request: &mut RequestHeader) {
         .headers
         .keys()
         .filter(|name| {
-            name.as_str().starts_with("x-forwarded-") || **name == REAL_IP || **name == header::FORWARDED
+            let name = name.as_str();
+            name.starts_with("x-forwarded-") || matches!(name, "x-real-ip" | "forwarded")
         })
         .cloned()
         .collect();

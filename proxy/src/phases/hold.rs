@@ -10,8 +10,9 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::Ctx;
 use crate::{
+    hold::Full,
     measure::Part,
-    pages::Fault,
+    pages::{self, Fault},
     tenant::{Answer, AppRuntime, Lease},
 };
 
@@ -30,17 +31,30 @@ pub async fn hold(session: &mut Session, ctx: &mut Ctx, app: &Arc<AppRuntime>) -
     let held_since = std::time::Instant::now();
     let hold = app.spec.load().hold.clone();
     let deadline = Instant::from_std(ctx.watch.begun() + hold.timeout);
-    let Ok(mut place) = app.room.enter(hold.queue as usize, &app.house().seats) else {
-        return Err(ctx.fail(Fault::QueueFull));
+    let shed = || Answer::Shed;
+    let mut place = match app.room.enter(hold.queue as usize, &app.house().seats, shed) {
+        Ok(place) => place,
+        Err(Full::Room) => return Err(ctx.fail(Fault::QueueFull { retry_after: app.retry_after() })),
+        Err(Full::All) => return Err(ctx.fail(Fault::Shed { retry_after: app.retry_after() })),
     };
     app.knock();
-    let answer = tokio::select! {
-        biased;
-        answer = place.answer() => answer,
-        error = client_left(session) => return Err(error),
-        () = sleep_until(deadline) => {
+    // A person is told after a moment; who is no person could do nothing with a page.
+    let page_at = Instant::now() + hold.page_after;
+    let mut page = hold.page && page_at < deadline && pages::is_navigation(session.req_header());
+    let answer = loop {
+        tokio::select! {
+            biased;
+            answer = place.answer() => break answer,
+            error = client_left(session) => return Err(error),
+            () = sleep_until(if page { page_at } else { deadline }) => {}
+        }
+        if !std::mem::take(&mut page) {
             let linked = app.house().linked.load(SeqCst);
             return Err(ctx.fail(if linked { Fault::HoldTimeout } else { Fault::LauncherGone }));
+        }
+        // Who waits for a place on what runs already would only lose their turn.
+        if !app.is_warm() {
+            return Err(ctx.fail(Fault::Starting(app.progress())));
         }
     };
     match answer {
@@ -50,6 +64,7 @@ pub async fn hold(session: &mut Session, ctx: &mut Ctx, app: &Arc<AppRuntime>) -
             Ok(lease)
         }
         Some(Answer::Refused(fault)) => Err(ctx.fail(fault)),
+        Some(Answer::Shed) => Err(ctx.fail(Fault::Shed { retry_after: app.retry_after() })),
         None => Err(ctx.fail(Fault::Internal)),
     }
 }

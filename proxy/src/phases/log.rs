@@ -2,7 +2,6 @@
 
 use std::time::SystemTime;
 
-use http::header;
 use pingora::{Error, proxy::Session};
 
 use super::{Ctx, client_ip};
@@ -10,7 +9,7 @@ use crate::{
     measure::Part,
     metrics::Outcome,
     pages::Fault,
-    telemetry::{Record, header_of, host_of},
+    telemetry::{Record, Said},
     tenant::House,
 };
 
@@ -21,7 +20,6 @@ pub fn log(house: &House, session: &Session, error: Option<&Error>, ctx: &mut Ct
     if let Some(app) = &ctx.app {
         app.bill.add(session.body_bytes_read(), session.body_bytes_sent(), ctx.watch.spent(Part::Hold));
     }
-    let request = session.req_header();
     let error = match (&ctx.fault, error) {
         // The client has seen the app's status already, so this was no missing answer but a broken one.
         (Some(Fault::NoAnswer), Some(_)) if ctx.answered => "broken-off",
@@ -48,11 +46,7 @@ pub fn log(house: &House, session: &Session, error: Option<&Error>, ctx: &mut Ct
         request_id: ctx.request_id,
         ended: SystemTime::now(),
         client: client_ip(session),
-        method: request.method.clone(),
-        uri: request.uri.clone(),
-        host: host_of(request),
-        referer: header_of(request, header::REFERER),
-        user_agent: header_of(request, header::USER_AGENT),
+        said: Said::of(session.req_header(), house.telemetry.format()),
         status,
         bytes: session.body_bytes_sent(),
         app: ctx.app.clone(),

@@ -15,16 +15,13 @@ use cmdb::{
     app::{Container, Hold, Lifecycle, Pick, Resources, Scale},
     units::Bytes,
 };
-use fastcontainer_proxy::{Config, FastContainer, tenant::House};
+use fastcontainer_proxy::{Config, FastContainer, doorman, tenant::House};
 use launcher_client::{
     packet,
     paths::StateDir,
     wire::{ClientPacket, Refusal, RefusalCode, Reply, Request, ServerPacket, VERSION, WakeTiming},
 };
-use pingora::{
-    proxy::http_proxy_service_with_name,
-    server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch},
-};
+use pingora::server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch};
 use tokio::{
     sync::{mpsc, watch},
     time::{sleep, timeout},
@@ -307,6 +304,7 @@ pub fn app(app: &str) -> App {
         lifecycle: Lifecycle {
             start_timeout: Duration::from_secs(10),
             freeze_after: None,
+            reclaim_after: None,
             idle_timeout: None,
             lifetime: None,
             drain_timeout: Duration::from_secs(10),
@@ -322,7 +320,12 @@ pub fn app(app: &str) -> App {
             pick: Pick::Random,
             slow_start: None,
         },
-        hold: Hold { queue: 1000, timeout: Duration::from_secs(15), page: false },
+        hold: Hold {
+            queue: 1000,
+            timeout: Duration::from_secs(15),
+            page: false,
+            page_after: Hold::usual_page_after(),
+        },
         hooks: Vec::new(),
     }
 }
@@ -354,12 +357,9 @@ impl Proxy {
         std::thread::spawn(move || {
             let mut server = Server::new_with_opt_and_conf(None, conf);
             server.bootstrap();
-            let mut service = http_proxy_service_with_name(&server.configuration, proxy, "proxy");
-            if h2c {
-                let mut options = pingora::apps::HttpServerOptions::default();
-                options.h2c = true;
-                service.app_logic_mut().unwrap().server_options = Some(options);
-            }
+            let mut options = pingora::apps::HttpServerOptions::default();
+            options.h2c = h2c;
+            let mut service = doorman::service(&server.configuration, proxy, Some(options));
             service.add_tcp(&address.to_string());
             server.add_service(attendants.link);
             server.add_service(attendants.office);

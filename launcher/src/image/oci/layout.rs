@@ -20,7 +20,7 @@ const INDEX: &str = "index.json";
 
 /// See the module.
 #[derive(Debug)]
-pub(in crate::image) enum Layout {
+pub(crate) enum Layout {
     /// A folder.
     Folder(OwnedFd),
     /// An archive, with the place of each file in it: first byte and length.
@@ -28,6 +28,12 @@ pub(in crate::image) enum Layout {
 }
 
 impl Layout {
+    /// A layout in a folder.
+    pub(crate) fn of_folder(path: &Path) -> io::Result<Layout> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Layout::Folder(rustix::fs::open(path, flags, Mode::empty())?))
+    }
+
     /// Reads where things are in an archive; its contents stay where they are.
     pub(in crate::image) fn of_archive(mut file: File) -> Result<Layout, OciError> {
         let mut places = HashMap::new();

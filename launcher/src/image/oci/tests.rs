@@ -8,7 +8,7 @@ use rustix::fs::lgetxattr;
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::super::{Bounds, ImageError, ImageStore, Layers};
+use super::super::{Bounds, ImageError, ImageStore, Layers, Options};
 use super::Reference;
 use super::fixture::{Blob, Layout, Pack, architecture, index, tar_of};
 
@@ -26,7 +26,11 @@ impl Lab {
 
     fn with(bounds: Bounds) -> Lab {
         let dir = TempDir::new().unwrap();
-        let store = ImageStore::with_bounds(&dir.path().join("images"), bounds).unwrap();
+        let store = ImageStore::new(
+            &dir.path().join("images"),
+            Options { bounds, fetch_dir: dir.path().join("fetch"), ..Options::for_tests() },
+        )
+        .unwrap();
         let layout = Layout::new(&dir.path().join("layout"));
         Lab { dir, store, layout }
     }

@@ -13,6 +13,9 @@ use crate::{
 /// Runs that last longer are drawn second by second, shorter ones in more detail.
 const LONG_RUN_S: f64 = 60.0;
 
+/// Nothing measured for so long is a gap in the curve.
+const GAP_S: f64 = 2.5;
+
 /// All pictures of a scenario.
 pub(crate) fn draw(scenario: &Scenario, runs: &[Recorded]) -> anyhow::Result<Vec<Picture>> {
     let mut pictures = Vec::new();
@@ -101,7 +104,7 @@ fn of_paper(paper: &Paper) -> Sheet {
 fn steps(scenario: &Scenario, run: &Recorded) -> Sheet {
     let app = subject(run);
     let seconds = |at_ms: f64| (at_ms - run.began_ms) / 1_000.0;
-    let end = run.kernel.last().map_or(run.loaded_until_ms, |sight| sight.at_ms.max(run.loaded_until_ms));
+    let end = run.watched_until_ms;
     let x_range = Some((0.0, seconds(end).max(1.0)));
     let spans: Vec<(f64, f64)> = run
         .loads
@@ -123,7 +126,7 @@ fn steps(scenario: &Scenario, run: &Recorded) -> Sheet {
         y_name: "response time, ms".into(),
         height: 240,
         x_range,
-        curves: vec![line(1, curve(run, app, width), false)],
+        curves: pieces(curve(run, app, width)).into_iter().map(|points| line(1, points, false)).collect(),
         marks: marks.collect(),
         spans: spans.clone(),
         ..Panel::default()
@@ -158,6 +161,18 @@ fn steps(scenario: &Scenario, run: &Recorded) -> Sheet {
             panel("quota, % of a core", 10.0, quota, 4, "seconds since the begin; grey: load"),
         ],
     }
+}
+
+/// A curve without the stretches over which nothing was measured.
+fn pieces(points: Vec<(f64, f64)>) -> Vec<Vec<(f64, f64)>> {
+    let mut pieces: Vec<Vec<(f64, f64)>> = Vec::new();
+    for point in points {
+        match pieces.last_mut() {
+            Some(piece) if piece.last().is_some_and(|(at, _)| point.0 - at < GAP_S) => piece.push(point),
+            _ => pieces.push(vec![point]),
+        }
+    }
+    pieces
 }
 
 fn latencies(title: &str, runs: &[Recorded]) -> Sheet {
@@ -195,5 +210,24 @@ fn by_load(run: &Recorded) -> Vec<(String, [f64; 3])> {
         mean(times.iter().copied())?;
         Some([0.5, 0.9, 0.99].map(|share| quantile(&times, share).unwrap_or(0.0)))
     };
-    names.into_iter().filter_map(|name| Some((name.to_owned(), quantiles(name)?))).collect()
+    // Where other loads come while the first one goes on: how it fares before, and meanwhile.
+    let disturbed = names.get(1..).unwrap_or_default().iter().flat_map(|other| {
+        let app = subject(run);
+        let spans: Vec<_> =
+            run.loads.iter().filter(|l| l.name == *other).map(|l| (l.from_ms, l.to_ms)).collect();
+        let begin = spans.iter().map(|(from, _)| *from).fold(f64::INFINITY, f64::min);
+        let of = |times: Vec<f64>| [0.5, 0.9, 0.99].map(|share| quantile(&times, share).unwrap_or(0.0));
+        let meets = |r: &&Request| {
+            spans.iter().any(|(from, to)| r.end_ms() - r.total_ms() < *to && r.end_ms() > *from)
+        };
+        let before: Vec<f64> =
+            run.requests_of(app).filter(|r| r.end_ms() < begin).map(Request::total_ms).collect();
+        let meanwhile: Vec<f64> = run.requests_of(app).filter(meets).map(Request::total_ms).collect();
+        let is_disturbed = names.first() != Some(other) && !before.is_empty();
+        let both =
+            [(format!("{app} before {other}"), of(before)), (format!("{app} during {other}"), of(meanwhile))];
+        both.into_iter().filter(move |_| is_disturbed)
+    });
+    let disturbed: Vec<_> = disturbed.collect();
+    names.into_iter().filter_map(|name| Some((name.to_owned(), quantiles(name)?))).chain(disturbed).collect()
 }

@@ -158,7 +158,9 @@ impl Host {
     /// The proxy's access log so far.
     pub(crate) fn requests(&self) -> anyhow::Result<Vec<Request>> {
         let text = fs::read_to_string(self.access_log()).unwrap_or_default();
-        text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+        // The last line may still be being written.
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        whole.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
     }
 
     /// Where it is.
@@ -196,9 +198,14 @@ impl Host {
         bail!("no launcher is running\n{}", self.log_tail())
     }
 
-    /// The last lines of its log.
+    /// What it logged.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    /// The last lines of that.
     pub(crate) fn log_tail(&self) -> String {
-        let log = fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
+        let log = self.log();
         let lines: Vec<&str> = log.lines().collect();
         lines[lines.len().saturating_sub(20)..].join("\n")
     }

@@ -83,15 +83,13 @@ fn parents(name: &str) -> Vec<PathBuf> {
     found
 }
 
-/// Gives the groups beneath `parent` the greatest weight there is, so that a busy machine disturbs them little.
+/// Gives the groups beneath `parent` the weight of a process at nice -10, so that a busy machine disturbs them little. Not
+/// more: they must not go before the launcher and the proxy.
 pub(crate) fn put_before_others(parent: &str) -> std::io::Result<()> {
     parents(parent).iter().try_for_each(|parent| {
-        let (file, most) = if parent.join("cpu.weight").exists() {
-            ("cpu.weight", "10000")
-        } else {
-            ("cpu.shares", "262144")
-        };
-        fs::write(parent.join(file), most)
+        let (file, weight) =
+            if parent.join("cpu.weight").exists() { ("cpu.weight", "932") } else { ("cpu.shares", "9548") };
+        fs::write(parent.join(file), weight)
     })
 }
 

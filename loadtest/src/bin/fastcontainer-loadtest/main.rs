@@ -6,6 +6,7 @@ mod figures;
 mod host;
 mod kernel;
 mod moments;
+mod peers;
 mod report;
 mod run;
 mod scenario;
@@ -50,7 +51,7 @@ struct Cli {
     /// Folder of the built programs; the folder of this program if not given
     #[arg(long, value_name = "DIR", env = "FC_BIN_DIR")]
     programs: Option<PathBuf>,
-    /// On a machine that others use, too: give the containers' cgroup as much weight as there is (run this program with `nice -n -10`, too)
+    /// On a machine that others use, too: give the containers' cgroup the weight of nice -10 (run this program with `nice -n -10`, too)
     #[arg(long)]
     before_others: bool,
     /// Folder of the shipped scenarios
@@ -128,16 +129,29 @@ fn chapter(id: &str, scenario: &Scenario, place: Place<'_>) -> anyhow::Result<Ch
         say(&format!("    {}", plan.name));
         runs.push(run::make(scenario, plan, place).with_context(|| format!("run {:?}", plan.name))?);
     }
-    Ok(Chapter {
+    let mut chapter = Chapter {
         id: id.to_owned(),
         title: scenario.title.clone(),
         about: scenario.about.clone(),
         findings: scenario.expect.iter().filter_map(|claim| claim.check(&runs)).collect(),
-        tables: vec![report::loads_table(&runs)],
+        tables: Vec::new(),
         notes: report::decisions(&runs),
         pictures: figures::draw(scenario, &runs)?,
+        logs: runs.iter().map(|run| run.log.clone()).collect(),
         curves: report::curves(&runs),
-    })
+    };
+    if !runs.is_empty() {
+        chapter.tables.push(report::loads_table(&runs));
+    }
+    if let Some(plan) = &scenario.peers {
+        say("    in turns");
+        let compared = peers::compare(plan, &scenario.apps_of(None, place.long, place.root), place)?;
+        chapter.findings.extend(compared.findings);
+        chapter.tables.push(compared.table);
+        chapter.notes.extend(compared.notes);
+        chapter.pictures.extend(compared.pictures);
+    }
+    Ok(chapter)
 }
 
 /// What it was run on, for whoever compares.

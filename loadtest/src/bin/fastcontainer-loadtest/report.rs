@@ -24,6 +24,8 @@ pub(crate) struct Chapter {
     /// What the scaler decided, and other words.
     pub(crate) notes: Vec<String>,
     pub(crate) pictures: Vec<Picture>,
+    /// For each run: what FastContainer logged.
+    pub(crate) logs: Vec<String>,
     /// For each run: seconds and mean response times.
     pub(crate) curves: Vec<(String, Vec<(f64, f64)>)>,
 }
@@ -115,6 +117,9 @@ pub(crate) fn write(folder: &Path, machine: &str, chapters: &[Chapter]) -> anyho
         for (index, picture) in chapter.pictures.iter().enumerate() {
             keep(format!("{}-{}.svg", chapter.id, index + 1), picture.svg.as_bytes())?;
             keep(format!("{}-{}.png", chapter.id, index + 1), &picture.png)?;
+        }
+        for (index, log) in chapter.logs.iter().enumerate() {
+            keep(format!("{}-{}.log", chapter.id, index + 1), log.as_bytes())?;
         }
         let mut csv = "run,second,mean_ms\n".to_owned();
         for (run, points) in &chapter.curves {
@@ -255,6 +260,7 @@ mod tests {
             tables: vec![Table { head: vec!["run".into()], rows: vec![vec!["<one>".into()]] }],
             notes: vec!["a note".into()],
             pictures: vec![],
+            logs: vec!["said".into()],
             curves: vec![("one".into(), vec![(0.5, 10.0)])],
         };
         assert!(!chapter.holds());

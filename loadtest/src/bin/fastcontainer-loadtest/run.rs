@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// More apps than this are looked at less often.
-const MANY_APPS: usize = 4;
+const MANY_APPS: usize = 8;
 
 /// All that was seen of a run. Moments are ms since 1970.
 #[derive(Debug)]
@@ -26,14 +26,16 @@ pub(crate) struct Recorded {
     pub(crate) about: String,
     /// When the first load could begin.
     pub(crate) began_ms: f64,
-    /// When the last load was over.
-    pub(crate) loaded_until_ms: f64,
+    /// The end of the settling.
+    pub(crate) watched_until_ms: f64,
     pub(crate) apps: Vec<App>,
     pub(crate) loads: Vec<Loaded>,
     pub(crate) changes: Vec<(f64, String)>,
     /// The proxy's access log, by the end of each request.
     pub(crate) requests: Vec<Request>,
     pub(crate) events: Vec<Event>,
+    /// What FastContainer logged.
+    pub(crate) log: String,
     /// From the begin until the end of the settling.
     pub(crate) kernel: Vec<Sight>,
 }
@@ -87,7 +89,7 @@ pub(crate) fn is_meant(pattern: &str, app: &str) -> bool {
 
 /// Makes the run.
 pub(crate) fn make(scenario: &Scenario, plan: &RunPlan, place: Place<'_>) -> anyhow::Result<Recorded> {
-    let apps = scenario.apps_of(plan, place.long, place.root);
+    let apps = scenario.apps_of(Some(plan), place.long, place.root);
     let host = Host::up(place.programs, &apps, &plan.up)?;
     // The quota of a warm app comes with its first byte; what it did before is no part of the run.
     std::thread::sleep(Duration::from_millis(300));
@@ -118,7 +120,6 @@ pub(crate) fn make(scenario: &Scenario, plan: &RunPlan, place: Place<'_>) -> any
         over.store(true, Relaxed);
         (loads, changes.join())
     });
-    let loaded_until_ms = now_ms();
     let loads =
         loads.into_iter().collect::<Result<anyhow::Result<Vec<_>>, _>>()??.into_iter().flatten().collect();
     let changes = changes.map_err(|_| anyhow::anyhow!("the changes died"))??;
@@ -130,20 +131,23 @@ pub(crate) fn make(scenario: &Scenario, plan: &RunPlan, place: Place<'_>) -> any
             .max(Duration::from_millis(200)),
     );
     let kernel = watch.end();
+    let watched_until_ms = now_ms();
     let mut requests = host.requests()?.split_off(before);
     requests.sort_by(|one, other| one.end_ms().total_cmp(&other.end_ms()));
     let events = host.events()?;
+    let log = host.log();
     host.end()?;
     Ok(Recorded {
         name: plan.name.clone(),
         about: plan.about.clone(),
         began_ms,
-        loaded_until_ms,
+        watched_until_ms,
         apps,
         loads,
         changes,
         requests,
         events,
+        log,
         kernel,
     })
 }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path, time::Duration};
 use anyhow::{Context as _, bail};
 use serde::Deserialize;
 
-use crate::claim::Claim;
+use crate::{claim::Claim, peers::PeersPlan};
 
 /// A scenario file.
 #[derive(Debug, Deserialize)]
@@ -26,6 +26,8 @@ pub(crate) struct Scenario {
     /// Each run has a host of its own.
     #[serde(rename = "run", default)]
     pub(crate) runs: Vec<RunPlan>,
+    /// The same work for others.
+    pub(crate) peers: Option<PeersPlan>,
     /// What must hold afterwards.
     #[serde(rename = "expect", default)]
     pub(crate) expect: Vec<Claim>,
@@ -121,7 +123,9 @@ pub(crate) struct LoadPlan {
     pub(crate) path: String,
     /// Connections at a time.
     #[serde(default = "one")]
-    pub(crate) clients: u32,
+    pub(crate) clients: Amount,
+    /// wrk: so long each client waits before its next request.
+    pub(crate) think_ms: Option<u32>,
     /// ab: how many in all.
     pub(crate) requests: Option<Amount>,
     /// wrk and ab: for how long.
@@ -198,8 +202,8 @@ fn slash() -> String {
     "/".to_owned()
 }
 
-fn one() -> u32 {
-    1
+fn one() -> Amount {
+    Amount::Same(1.0)
 }
 
 /// An app as it is put into `conf.d`.
@@ -280,12 +284,12 @@ impl Scenario {
         Ok(scenario)
     }
 
-    /// The apps of one run, with what is different in it.
-    pub(crate) fn apps_of(&self, run: &RunPlan, long: bool, root: &Path) -> Vec<App> {
+    /// The apps, with what is different in that run.
+    pub(crate) fn apps_of(&self, run: Option<&RunPlan>, long: bool, root: &Path) -> Vec<App> {
         let mut apps = Vec::new();
         for plan in &self.apps {
             let mut vhost = plan.vhost.clone();
-            if let Some(set) = run.set.get(&plan.name) {
+            if let Some(set) = run.and_then(|run| run.set.get(&plan.name)) {
                 merge(&mut vhost, set);
             }
             absolute_image(&mut vhost, root);
@@ -364,7 +368,7 @@ mod tests {
     fn a_run_lays_its_keys_over_the_apps() {
         let scenario = Scenario::parse(SMALL).unwrap();
         let run = &scenario.runs[0];
-        let apps = scenario.apps_of(run, false, Path::new("/top"));
+        let apps = scenario.apps_of(Some(run), false, Path::new("/top"));
         assert_eq!(apps.iter().map(|app| &*app.name).collect::<Vec<_>>(), ["shop-1", "shop-2"]);
         assert_eq!(apps[0].vhost["scale"]["max"].as_integer(), Some(2));
         assert_eq!(apps[0].limit_ms(), Some(250.0));

@@ -153,6 +153,9 @@ impl Panel {
             let style = colour(line.colour).stroke_width(2);
             let points = if line.is_stairs { stairs(&line.points) } else { line.points.clone() };
             let series = chart.draw_series(LineSeries::new(points, style))?;
+            if line.name.is_empty() {
+                continue;
+            }
             series.label(&line.name).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
         }
         for (index, mark) in self.marks.iter().enumerate() {
@@ -169,7 +172,7 @@ impl Panel {
             let text = text.pos(Pos::new(side, VPos::Center));
             chart.draw_series(std::iter::once(Text::new(mark.words.clone(), (at, y), text)))?;
         }
-        if self.curves.len() > 1 {
+        if self.curves.iter().any(|line| !line.name.is_empty()) {
             let mut labels = chart.configure_series_labels();
             labels.position(SeriesLabelPosition::LowerRight).label_font((FONT, 13));
             labels.background_style(WHITE.mix(0.85)).border_style(BLACK.mix(0.2)).draw()?;

@@ -47,15 +47,22 @@ pub(crate) fn make_requests(
     scratch: &Path,
 ) -> anyhow::Result<Told> {
     let seconds = plan.seconds.map(|seconds| seconds.of(long));
+    let clients = plan.clients.whole(long);
     match plan.tool {
-        Tool::Burst => burst(targets, plan.clients),
+        Tool::Burst => burst(targets, clients),
         Tool::Ab => {
             let requests = plan.requests.map(|requests| requests.whole(long));
-            let each =
-                |target: &Target| ab(target, plan.clients, requests, seconds, plan.keep_alive, scratch);
+            let each = |target: &Target| ab(target, clients, requests, seconds, plan.keep_alive, scratch);
             side_by_side(targets, each)
         }
-        Tool::Wrk => side_by_side(targets, |target| wrk(target, plan.clients, seconds.unwrap_or(10.0))),
+        Tool::Wrk => {
+            let script = plan.think_ms.map(|ms| (scratch.with_extension("lua"), ms));
+            if let Some((path, ms)) = &script {
+                std::fs::write(path, format!("function delay() return {ms} end\n"))?;
+            }
+            let script = script.as_ref().map(|(path, _)| &**path);
+            side_by_side(targets, |target| wrk(target, clients, seconds.unwrap_or(10.0), script))
+        }
     }
 }
 
@@ -142,10 +149,19 @@ fn ab_times(tsv: &str) -> Vec<f64> {
     tsv.lines().skip(1).filter_map(|line| line.split('\t').nth(4)?.trim().parse().ok()).collect()
 }
 
-fn wrk(target: &Target, clients: u32, seconds: f64) -> anyhow::Result<Told> {
+/// One load by wrk; `script` is in Lua.
+pub(crate) fn wrk(
+    target: &Target,
+    clients: u32,
+    seconds: f64,
+    script: Option<&Path>,
+) -> anyhow::Result<Told> {
     let mut command = Command::new("wrk");
     command.args(["-t1", &format!("-c{clients}"), &format!("-d{seconds}s"), "--timeout", "30s", "--latency"]);
     command.args(["-H", &format!("Host: {}", target.host)]);
+    if let Some(script) = script {
+        command.arg("-s").arg(script);
+    }
     command.arg(format!("http://127.0.0.1:{}{}", target.port, target.path));
     let output = command.output().context("wrk, of Debian's package of that name")?;
     let text = String::from_utf8_lossy(&output.stdout);

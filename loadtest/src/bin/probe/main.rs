@@ -7,6 +7,7 @@
 //! | `NEVER_LISTEN=1` | never listens |
 //! | `EXIT_AFTER_MS`, `EXIT_CODE`, `LAST_WORDS` | prints some lines to stderr, `LAST_WORDS` last, and exits this long after the start; without `LISTEN_AFTER_MS` it does not listen before |
 //! | `CONNECT_FIRST` | connects to `ADDRESS:PORT` before it listens, and exits if that fails |
+//! | `WORKERS=N` | serves so many connections at a time, each for one request; more wait in the kernel's queue |
 //! | `IGNORE_TERM=1` | SIGTERM does nothing (otherwise: exit 0 at once) |
 //!
 //! The launcher's `FC_APP`, `FC_GENERATION` and `FC_WAKE_STARTED_NS` are shown by `/`. The paths are listed in `serve`.
@@ -89,6 +90,7 @@ async fn listen_in_time(started: Instant, inherited: Vec<String>) -> std::io::Re
     serve::serve(
         tokio::net::TcpListener::from_std(listener)?,
         serve::Birth { started, listened_at_ns, inherited },
+        number("WORKERS"),
     )
     .await
 }

@@ -20,6 +20,7 @@
 use std::cell::Cell;
 use std::io;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use loadtest::http::{BAD_REQUEST, BodyDecoder, Head, Parsed, response};
@@ -28,6 +29,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 
 use crate::{connect, escape, facts, misbehave, websocket};
 
@@ -48,12 +50,20 @@ struct Probe {
 }
 
 /// Serves every connection on this thread, for ever.
-pub(crate) async fn serve(listener: TcpListener, birth: Birth) -> io::Result<()> {
+///
+/// With `workers`, no more connections at a time and one request for each, as with Apache's processes: the others stay in
+/// the kernel's queue.
+pub(crate) async fn serve(listener: TcpListener, birth: Birth, workers: Option<usize>) -> io::Result<()> {
+    let free = workers.map(|workers| Arc::new(Semaphore::new(workers)));
     let probe = Rc::new(Probe { birth, requests: Cell::new(0), uploads: Cell::new(0) });
     let tasks = tokio::task::LocalSet::new();
     tasks
         .run_until(async move {
             loop {
+                let worker = match &free {
+                    Some(free) => Arc::clone(free).acquire_owned().await.ok(),
+                    None => None,
+                };
                 let Ok((stream, _)) = listener.accept().await else {
                     // Out of descriptors (see `/fdhog`): wait, others may be closed meanwhile.
                     tokio::time::sleep(Duration::from_millis(10)).await;
@@ -63,7 +73,9 @@ pub(crate) async fn serve(listener: TcpListener, birth: Birth) -> io::Result<()>
                 tokio::task::spawn_local(async move {
                     let _ = stream.set_nodelay(true);
                     // The client's disappearance is the client's affair.
-                    let _ = Connection { stream, input: Vec::new() }.run(&probe).await;
+                    let _ =
+                        Connection { stream, input: Vec::new(), once: worker.is_some() }.run(&probe).await;
+                    drop(worker);
                 });
             }
         })
@@ -73,12 +85,14 @@ pub(crate) async fn serve(listener: TcpListener, birth: Birth) -> io::Result<()>
 struct Connection {
     stream: TcpStream,
     input: Vec<u8>,
+    /// One request only.
+    once: bool,
 }
 
 impl Connection {
     async fn run(mut self, probe: &Probe) -> io::Result<()> {
         loop {
-            let head = match Head::parse(&self.input) {
+            let mut head = match Head::parse(&self.input) {
                 Parsed::Whole(head, used) => {
                     self.input.drain(..used);
                     head
@@ -91,6 +105,9 @@ impl Connection {
                     continue;
                 }
             };
+            if self.once {
+                head.headers.push(("Connection".to_owned(), "close".to_owned()));
+            }
             probe.requests.set(probe.requests.get() + 1);
             match head.path() {
                 "/close" => return Ok(()),
