@@ -380,6 +380,7 @@ pub(crate) struct Signal {
     /// The signal's name: HUP, INT, USR1, USR2 or WINCH
     pub(crate) signal: String,
 }
+
 const METRICS: &str = "\
 `up --metrics 127.0.0.1:9090` serves the same text at http://127.0.0.1:9090/metrics for Prometheus.
 

@@ -234,7 +234,7 @@ pub(super) const KEYS: &[Key] = &[
         "a share of `resources.memory`, \"10%\" to \"99%\"",
         "never",
         "\"80%\"",
-        "An instance whose memory has come so far is replaced, the new one first, if the app is suspected of a leak: better so than by the OOM killer in the middle of a request.",
+        "An instance that grows on with its requests, and whose memory has come so far, is replaced, the new one first: better so than by the OOM killer in the middle of a request.",
     ),
     key("scale", "min", "a number", "0", "0", "Fewest instances."),
     key(
