@@ -62,7 +62,7 @@ pub(crate) struct Global {
 pub(crate) enum Command {
     /// Run everything on this host, in the foreground, until Ctrl-C
     #[command(after_help = UP)]
-    Up(Up),
+    Up(Box<Up>),
     /// Read a folder of vhost files and show every fault of every file
     #[command(after_help = CHECK)]
     Check(Check),

@@ -229,6 +229,7 @@ mod tests {
         ) {
             // Of ever fewer requests does it keep something: 1 - 1/2, 1 - 1/4, ... of all there is.
             let half = (count * half / 100).max(1);
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "2,000 MiB at most")]
             let kept = |n: u64| {
                 let share = 1.0 - 0.5f64.powf(n as f64 / half as f64);
                 (size as f64 * share * MIB as f64) as u64

@@ -119,7 +119,8 @@ mod tests {
         let mut waits = Vec::new();
         for _ in 0..12 {
             states.failed("a", "no", None);
-            waits.push((states.get("a").unwrap().due.unwrap() - Instant::now()).as_secs_f32().round() as u64);
+            let wait = states.get("a").unwrap().due.unwrap() - Instant::now();
+            waits.push((wait + Duration::from_millis(500)).as_secs());
         }
         assert_eq!(waits[..4], [2, 4, 8, 16]);
         assert_eq!(waits[11], 300);

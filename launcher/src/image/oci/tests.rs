@@ -166,11 +166,17 @@ async fn whiteouts_of_nothing_and_through_links_are_refused() {
     let mut header = tar::Header::new_gnu();
     header.set_entry_type(tar::EntryType::Symlink);
     header.set_size(0);
-    (header.set_uid(0), header.set_gid(0), header.set_mode(0o777), header.set_mtime(0));
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mode(0o777);
+    header.set_mtime(0);
     builder.append_link(&mut header, "link", &host).unwrap();
     let mut header = tar::Header::new_gnu();
     header.set_size(0);
-    (header.set_uid(0), header.set_gid(0), header.set_mode(0o777), header.set_mtime(0));
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mode(0o777);
+    header.set_mtime(0);
     builder.append_data(&mut header, "link/.wh.secret", &b""[..]).unwrap();
     let layer = lab.layout.layer(&builder.into_inner().unwrap(), Pack::Plain);
     lab.layout.image(&[layer], json!({}));
@@ -261,7 +267,7 @@ async fn what_is_damaged_or_forged_is_refused() {
     let (mut lab, layer) = good();
     lab.layout.image(std::slice::from_ref(&layer), json!({}));
     let file = lab.blob_file(&layer.descriptor);
-    let size = fs::metadata(&file).unwrap().len() as usize;
+    let size = fs::read(&file).unwrap().len();
     let mut other = tar_of(&[("evil", b"evil")]);
     other.resize(size.max(other.len()), 0);
     fs::write(&file, &other).unwrap();
