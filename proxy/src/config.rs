@@ -20,7 +20,8 @@ pub struct Config {
     /// Longest time in which an instance may take no byte of a request.
     pub write_timeout: Duration,
     /// How long an idle connection to an instance is kept. Below the 5 s after which Apache, Node and uvicorn close theirs,
-    /// so that a request never meets a connection that is just being closed.
+    /// so that a request never meets a connection that is just being closed; and well below, for a server with a process for
+    /// each connection cannot serve those who wait while idle ones hold its processes.
     pub idle_timeout: Duration,
     /// Clients whose `X-Forwarded-*` headers are believed.
     pub trusted: Vec<Network>,
@@ -65,7 +66,7 @@ impl Config {
             connect_timeout: Duration::from_secs(10),
             read_timeout: Duration::from_secs(300),
             write_timeout: Duration::from_secs(60),
-            idle_timeout: Duration::from_secs(4),
+            idle_timeout: Duration::from_secs(1),
             trusted: Vec::new(),
             grace: Duration::from_secs(10),
             access_log: AccessLog::default(),
