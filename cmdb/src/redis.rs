@@ -28,6 +28,7 @@ use tokio::{
 
 use crate::{
     app::{App, AppName},
+    fingerprint::fnv1a,
     store::{Change, Store, StoreError},
     transition::{AppRecord, Outcome, Transition},
 };
@@ -42,6 +43,9 @@ const ATTEMPTS: usize = 64;
 
 /// The longest that a request may be kept waiting by Redis; then its host goes on without.
 pub const BUDGET: Duration = Duration::from_millis(150);
+
+/// Apps share so many locks.
+const TURNS: usize = 64;
 
 /// What a process is to the CMDB.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -69,6 +73,9 @@ struct Shared {
     link: watch::Sender<Link>,
     /// Something has changed here that Redis has not been told.
     untold: Notify,
+    /// One change of an app at a time, of those that this process makes: from the moment when Redis has taken a change in
+    /// until the mirror has, the two differ, and what is told in between would undo it.
+    turns: Box<[tokio::sync::Mutex<()>]>,
 }
 
 /// How the mirror stands to Redis.
@@ -95,6 +102,7 @@ impl RedisStore {
             state: Mutex::default(),
             link: watch::Sender::default(),
             untold: Notify::new(),
+            turns: (0..TURNS).map(|_| tokio::sync::Mutex::default()).collect(),
         });
         let follower = tokio::spawn(follow::follow(Arc::clone(&shared)));
         Ok(Self { shared, follower })
@@ -116,6 +124,7 @@ impl Drop for RedisStore {
 #[async_trait]
 impl Store for RedisStore {
     async fn apply(&self, app: &AppName, transition: Transition) -> Result<(Outcome, AppRecord), StoreError> {
+        let _turn = self.shared.turn(app).await;
         match self.shared.apply(app, &transition).await {
             Err(StoreError::Unavailable(why)) => {
                 let here = self.shared.apply_here(app, &transition);
@@ -127,6 +136,7 @@ impl Store for RedisStore {
 
     async fn put_app(&self, app: App) -> Result<(), StoreError> {
         let app = Arc::new(app);
+        let _turn = self.shared.turn(&app.name).await;
         self.shared.claim_names(&app).await?;
         let before = self.shared.lock().known(&app.name).and_then(|known| known.app.clone());
         self.shared.put_spec(&app).await?;
@@ -139,6 +149,7 @@ impl Store for RedisStore {
     }
 
     async fn remove_app(&self, app: &AppName) -> Result<(), StoreError> {
+        let _turn = self.shared.turn(app).await;
         let Some(removed) = self.shared.remove_spec(app).await? else { return Ok(()) };
         for name in &removed.server_names {
             self.shared.commands.give_back(name, app).await?;
@@ -166,6 +177,12 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Poisoned by a panic between two map operations at worst: every entry is whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To be held while an app is changed.
+    async fn turn(&self, app: &AppName) -> tokio::sync::MutexGuard<'_, ()> {
+        let hash = fnv1a(app.as_str().as_bytes());
+        self.turns[usize::try_from(hash % TURNS as u64).unwrap_or(0)].lock().await
     }
 
     fn node(&self) -> Option<&str> {
@@ -225,11 +242,15 @@ impl Shared {
         Some(Ok((outcome, record)))
     }
 
-    /// Tells Redis what has changed here while it could not be reached, or what it has lost.
+    /// Tells Redis what has changed here while it could not be reached, or what it has lost. In the app's turn.
     async fn tell(&self, app: &AppName) -> Result<(), StoreError> {
         for _ in 0..ATTEMPTS {
-            let Some(untold) = self.lock().untold(app) else { return Ok(()) };
+            if !self.lock().is_untold(app) {
+                return Ok(());
+            }
             let theirs = self.read(app).await?;
+            // Only now: what is told must not be older than what it takes the place of.
+            let Some(untold) = self.lock().untold(app) else { return Ok(()) };
             let lost = theirs.spec_revision() < untold.srev;
             if theirs.app.is_none() && !lost {
                 // It was removed meanwhile: what runs of it here is ended by whoever watches.

@@ -121,21 +121,22 @@ impl<'a> Session<'a> {
             return self.check_identity(last, true).await;
         }
         let apps: Vec<AppName> = changed.apps.into_iter().collect();
+        let mut gone = Vec::new();
         for batch in apps.chunks(BATCH) {
             for (app, theirs) in self.read(batch).await? {
                 if theirs.srev.is_empty() && theirs.rev.is_empty() {
-                    // Deleted by hand, or all of Redis was flushed: who knows tells the two apart.
-                    self.check_identity(last, false).await?;
-                    let mut state = self.shared.lock();
-                    if !state.is_untold(&app) {
-                        state.forget(&app);
-                    }
+                    gone.push(app);
                 } else {
                     self.shared.lock().install(&app, theirs);
                 }
             }
         }
-        Ok(())
+        if gone.is_empty() {
+            return Ok(());
+        }
+        // Deleted by hand, or all of Redis was flushed, and then it has been filled again by now.
+        self.check_identity(last, false).await?;
+        self.forget_missing(&gone).await
     }
 
     /// Once a second: is the link alive, is it the same Redis, is there something to tell?
@@ -240,12 +241,23 @@ impl<'a> Session<'a> {
             return Ok(());
         }
         // One that has just been put may have come after its part of the key space was read.
+        self.forget_missing(&missing).await
+    }
+
+    async fn forget_missing(&mut self, missing: &[AppName]) -> RedisResult<()> {
+        let mut gone = Vec::new();
         for batch in missing.chunks(BATCH) {
-            for (app, theirs) in self.read(batch).await? {
-                let mut state = self.shared.lock();
-                if theirs.srev.is_empty() && !state.is_untold(&app) {
-                    state.forget(&app);
-                }
+            let read = self.read(batch).await?;
+            gone.extend(read.into_iter().filter(|(_, theirs)| theirs.srev.is_empty()).map(|(app, _)| app));
+        }
+        // Asked afterwards: a Redis that was emptied in between has lost them, and its new epoch will have all told anew.
+        if gone.is_empty() || self.identify().await? != self.identity {
+            return Ok(());
+        }
+        let mut state = self.shared.lock();
+        for app in gone {
+            if !state.is_untold(&app) {
+                state.forget(&app);
             }
         }
         Ok(())
@@ -285,6 +297,7 @@ impl<'a> Session<'a> {
     async fn tell_untold(&self) {
         let untold = self.shared.lock().all_untold();
         for app in untold {
+            let _turn = self.shared.turn(&app).await;
             if let Err(error) = self.shared.tell(&app).await {
                 tracing::warn!(%app, %error, "the CMDB has not been told what runs here");
                 if matches!(error, crate::store::StoreError::Unavailable(_)) {

@@ -93,7 +93,11 @@ impl State {
     /// We have written this.
     pub(super) fn took(&mut self, app: &AppName, written: Stored, server_ms: u64) {
         self.set_clock(server_ms);
-        self.install(app, written);
+        let record = Arc::clone(&written.record);
+        if self.install(app, written) && self.untold.contains_key(app) {
+            // What is still to be told is told with this change, which is as much ours.
+            self.mirror.set_record(app, record);
+        }
     }
 
     /// Redis holds this. Returns `false`, and does nothing, when something newer is known: revisions only rise.
@@ -162,7 +166,8 @@ impl State {
         if self.untold.get(app) == Some(&stamp) {
             self.untold.remove(app);
         }
-        self.install_whatever(app, settled);
+        // Not if somebody has been faster since.
+        self.install(app, settled);
     }
 
     /// Apps that a whole reading of Redis has not `seen`.
