@@ -12,7 +12,7 @@ const SPARE: u32 = 850;
 const FULL: u32 = 950;
 
 /// The number of starts that may be under way, adapted to the CPU that is free as TCP adapts its window: doubled while
-/// there is plenty, then one more for each core, and halved when the host is full. Starts that compute end sooner one
+/// there is plenty, then one more at a time, and halved when the host is full. Starts that compute end sooner one
 /// after the other; starts that wait for something may be as many as there is room for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct Pace {
@@ -39,11 +39,16 @@ impl Pace {
     pub(super) fn observe(&mut self, busy: u32) {
         self.limit = match busy {
             ..IDLE => self.limit * 2,
-            IDLE..SPARE => self.limit + self.cores,
+            IDLE..SPARE => self.limit + 1,
             SPARE..FULL => self.limit,
             FULL.. => self.limit / 2,
         }
-        .clamp(self.cores, self.most);
+        .clamp(self.least(), self.most);
+    }
+
+    /// On a full host one core is left to the apps that serve.
+    fn least(&self) -> usize {
+        self.cores.saturating_sub(1).clamp(1, self.most)
     }
 
     /// Nobody waits any more: the next storm is another one.
@@ -71,14 +76,14 @@ mod tests {
     }
 
     #[test]
-    fn a_full_host_goes_on_with_one_start_for_each_core() {
+    fn a_full_host_leaves_one_core_to_those_that_serve() {
         let mut pace = Pace::new(4, usize::MAX);
         for _ in 0..10 {
             pace.observe(1_000);
         }
-        assert_eq!(pace.limit(), 4);
+        assert_eq!(pace.limit(), 3);
         pace.observe(700);
-        assert_eq!(pace.limit(), 8, "one more for each core when there is some CPU");
+        assert_eq!(pace.limit(), 4, "one more when there is some CPU");
         pace.relax();
         assert_eq!(pace.limit(), 8);
     }
