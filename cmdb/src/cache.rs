@@ -16,6 +16,7 @@ use arc_swap::ArcSwap;
 
 use crate::{
     app::{App, AppName, HostPattern},
+    mirror::is_mishap,
     store::Change,
     transition::AppRecord,
 };
@@ -23,8 +24,6 @@ pub use host::{CanonicalHost, HostFault, canonical_host};
 pub use last_known_good::{LastKnownGood, LastKnownGoodError};
 
 const SHARDS: usize = 64;
-/// A resync that would remove more than half of more than this many apps is distrusted.
-const MASS_REMOVAL: usize = 20;
 
 /// What a proxy keeps for one app; a look-up of a host leads straight to it.
 pub trait Tenant: Send + Sync + 'static {
@@ -246,7 +245,7 @@ impl<T: Tenant> Writer<T> {
 
     fn remove_unseen(&mut self, seen: &HashSet<AppName>) {
         let gone: Vec<AppName> = self.apps.keys().filter(|name| !seen.contains(name)).cloned().collect();
-        if self.apps.len() > MASS_REMOVAL && gone.len() * 2 > self.apps.len() {
+        if is_mishap(gone.len(), self.apps.len()) {
             tracing::error!(
                 "the CMDB has lost {} of {} apps at once; they are kept until the operator confirms their removal",
                 gone.len(),

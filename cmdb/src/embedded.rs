@@ -11,7 +11,6 @@ use std::{
     collections::HashMap,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use async_trait::async_trait;
@@ -20,7 +19,7 @@ use tokio::sync::mpsc;
 use crate::{
     app::{App, AppName},
     instance::Generation,
-    mirror::Mirror,
+    mirror::{Mirror, unix_ms},
     store::{Change, Store, StoreError},
     transition::{AppRecord, Outcome, Transition},
 };
@@ -76,7 +75,7 @@ impl EmbeddedStore {
         }
         let store = Self { inner: Mutex::new(inner), journal };
         // Before the first generation is given out, for nothing above the ceiling may be.
-        let ceiling = store.lock().ceiling.max(now_ms()) + CEILING_AHEAD_MS;
+        let ceiling = store.lock().ceiling.max(unix_ms()) + CEILING_AHEAD_MS;
         store.journal.raise_ceiling_now(ceiling)?;
         store.lock().ceiling = ceiling;
         Ok(store)
@@ -108,7 +107,7 @@ impl EmbeddedStore {
 #[async_trait]
 impl Store for EmbeddedStore {
     async fn apply(&self, app: &AppName, transition: Transition) -> Result<(Outcome, AppRecord), StoreError> {
-        let now_ms = now_ms();
+        let now_ms = unix_ms();
         let mut inner = self.lock();
         let floor = inner.floor;
         let Some(entry) = inner.mirror.get(app) else { return Err(StoreError::UnknownApp(app.clone())) };
@@ -198,10 +197,4 @@ impl Inner {
             self.floor = self.floor.max(entry.record.generation.0);
         }
     }
-}
-
-fn now_ms() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use tokio::sync::mpsc;
@@ -13,6 +14,8 @@ use crate::{
     transition::AppRecord,
 };
 
+/// A loss of more than half of more than this many apps at once is more likely a mishap than somebody's wish.
+const MASS_REMOVAL: usize = 20;
 /// Changes that may wait for a slow watcher, beyond the apps that there are; then its watch is cut.
 const WATCHER_LAG: usize = 4_096;
 
@@ -23,6 +26,18 @@ pub(crate) struct Mirror {
     apps: BTreeMap<AppName, Entry>,
     owners: HashMap<HostPattern, AppName>,
     watchers: Vec<mpsc::Sender<Change>>,
+}
+
+/// Whether the loss of `missing` of `all` apps at once is to be distrusted.
+pub(crate) fn is_mishap(missing: usize, all: usize) -> bool {
+    all > MASS_REMOVAL && missing * 2 > all
+}
+
+/// Ms since the Unix epoch, by this host's clock.
+pub(crate) fn unix_ms() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
 /// An app and its instances.

@@ -211,11 +211,11 @@ impl Shared {
             // What is refused changes nothing; that it was rightly refused is confirmed all the same.
             let to = if record.rev == from.record.rev { Vec::new() } else { record_fields(app, &record)? };
             let swap = Swap { app, from: &from, now_ms: Some(now_ms), to };
-            if let Some(now) = self.swap(&swap).await? {
+            if self.swap(&swap).await? {
                 if !swap.to.is_empty() {
                     let rev = record.rev.to_string();
                     let written = Stored { rev, record: Arc::new(record.clone()), ..from };
-                    self.lock().took(app, written, now);
+                    self.lock().took(app, written);
                 }
                 return Ok((outcome, record));
             }
@@ -267,7 +267,7 @@ impl Shared {
                 to.extend(spec_fields(&untold.spec, &settled.srev)?);
                 settled.app = Some(untold.spec);
             }
-            if self.swap(&Swap { app, from: &theirs, now_ms: None, to }).await?.is_some() {
+            if self.swap(&Swap { app, from: &theirs, now_ms: None, to }).await? {
                 self.lock().settle(app, untold.stamp, settled);
                 return Ok(());
             }
@@ -280,9 +280,9 @@ impl Shared {
             let from = self.known(&app.name).await?;
             let srev = self.lock().next_spec_revision(&app.name);
             let to = spec_fields(app, &srev)?;
-            if let Some(now) = self.swap(&Swap { app: &app.name, from: &from, now_ms: None, to }).await? {
+            if self.swap(&Swap { app: &app.name, from: &from, now_ms: None, to }).await? {
                 let written = Stored { srev, app: Some(Arc::clone(app)), ..from };
-                self.lock().took(&app.name, written, now);
+                self.lock().took(&app.name, written);
                 return Ok(());
             }
         }
@@ -302,9 +302,9 @@ impl Shared {
             let srev = self.lock().next_spec_revision(app);
             let mut to = record_fields(app, &record)?;
             to.extend([("spec", String::new()), ("srev", srev.clone())]);
-            if let Some(now) = self.swap(&Swap { app, from: &from, now_ms: None, to }).await? {
+            if self.swap(&Swap { app, from: &from, now_ms: None, to }).await? {
                 let rev = record.rev.to_string();
-                self.lock().took(app, Stored { rev, srev, record: Arc::new(record), app: None }, now);
+                self.lock().took(app, Stored { rev, srev, record: Arc::new(record), app: None });
                 return Ok(Some(removed));
             }
         }
@@ -338,12 +338,12 @@ impl Shared {
         Ok(())
     }
 
-    /// Carries out a swap: the server's time when it was done; `None` when what is known had to be corrected first.
-    async fn swap(&self, swap: &Swap<'_>) -> Result<Option<u64>, StoreError> {
+    /// Carries out a swap; `false` when what is known had to be corrected first.
+    async fn swap(&self, swap: &Swap<'_>) -> Result<bool, StoreError> {
         match self.commands.swap(swap).await? {
             Swapped::Done(now) => {
                 self.lock().set_clock(now);
-                Ok(Some(now))
+                Ok(true)
             }
             Swapped::Otherwise(now, fields) => {
                 let theirs = decode(swap.app, &fields)?;
@@ -357,7 +357,7 @@ impl Shared {
                     // Redis has forgotten what it had acknowledged; the follower will see that, and mend it.
                     return Err(StoreError::Unavailable("Redis has lost what it knew".to_owned()));
                 }
-                Ok(None)
+                Ok(false)
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
-    time::{Instant, SystemTime, UNIX_EPOCH},
+    time::Instant,
 };
 
 use tokio::sync::mpsc;
@@ -11,13 +11,10 @@ use tokio::sync::mpsc;
 use super::stored::Stored;
 use crate::{
     app::{App, AppName, HostPattern},
-    mirror::Mirror,
+    mirror::{Mirror, is_mishap, unix_ms},
     store::{Change, StoreError},
     transition::AppRecord,
 };
-
-/// A resync that would remove more than half of more than this many apps is distrusted.
-const MASS_REMOVAL: usize = 20;
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -73,10 +70,9 @@ impl State {
 
     /// The server's clock, ms since the Unix epoch; our own where it has not told it yet.
     pub(super) fn now_ms(&self) -> u64 {
-        let ms = |d: std::time::Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
         match self.clock {
-            Some((at, server)) => server + ms(at.elapsed()),
-            None => SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, ms),
+            Some((at, server)) => server + u64::try_from(at.elapsed().as_millis()).unwrap_or(0),
+            None => unix_ms(),
         }
     }
 
@@ -91,8 +87,7 @@ impl State {
     }
 
     /// We have written this.
-    pub(super) fn took(&mut self, app: &AppName, written: Stored, server_ms: u64) {
-        self.set_clock(server_ms);
+    pub(super) fn took(&mut self, app: &AppName, written: Stored) {
         let record = Arc::clone(&written.record);
         if self.install(app, written) && self.untold.contains_key(app) {
             // What is still to be told is told with this change, which is as much ours.
@@ -177,8 +172,7 @@ impl State {
 
     /// Whether the loss of so many apps at once is more likely a mishap than somebody's wish.
     pub(super) fn is_mishap(&self, missing: usize) -> bool {
-        let all = self.mirror.entries().count();
-        all > MASS_REMOVAL && missing * 2 > all
+        is_mishap(missing, self.mirror.entries().count())
     }
 
     /// Whether a restored Redis lacks something of an app that is known here: its configuration is older, or what `node`
