@@ -100,7 +100,7 @@ impl Supervisor {
     }
 
     /// Whether one that is ready may go without leaving too few. One that starts does not serve yet, and may never.
-    fn may_end_when_idle(&self) -> bool {
+    pub(super) fn may_end_when_idle(&self) -> bool {
         let ready = self.running.values().filter(|running| running.is_ready()).count();
         let minimum = usize::try_from(self.minimum()).unwrap_or(usize::MAX);
         minimum == 0 || ready > minimum

@@ -58,7 +58,7 @@ impl Running {
 impl Supervisor {
     /// What could go down a tier, or is on its way.
     pub(super) fn candidates(&self) -> Vec<Candidate> {
-        let may_stop = self.may_end_one();
+        let may_stop = self.may_end_when_idle();
         let listed = self.running.iter().filter(|(_, running)| !matches!(running.stage, Stage::Starting));
         let of = |(generation, running): (&Generation, &Running)| {
             let tier = running.tier();
@@ -100,7 +100,7 @@ impl Supervisor {
                 self.doze(generation, Instant::now()).await;
             }
             Tier::Reclaimed => self.reclaim(generation, why),
-            Tier::Stopped if self.may_end_one() => self.drain(generation, why).await,
+            Tier::Stopped if self.may_end_when_idle() => self.drain(generation, why).await,
             Tier::Stopped => {}
         }
     }
@@ -150,9 +150,5 @@ impl Supervisor {
         if let Some((tier, us)) = woke {
             self.costs.learn(tier, us.saturating_add(activity.window.mean_us));
         }
-    }
-
-    fn may_end_one(&self) -> bool {
-        self.serving() > self.minimum()
     }
 }
