@@ -42,7 +42,7 @@ const MEMORY: u64 = 128 << 20;
 const PIDS: u64 = 64;
 /// CPU that they may use, thousandths of a core.
 const CPU: u32 = 500;
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(crate) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// What runs hooks; one for the daemon.
 #[derive(Debug)]

@@ -139,8 +139,8 @@ impl Outbound {
     /// # Errors
     /// See [`NetworkError`]; nothing is half in force.
     pub async fn prepare(&self, app: &App) -> Result<Option<Link>, NetworkError> {
+        // What such an app had before is withdrawn where its configuration changes: its start waits for nobody's rules.
         if app.network.is_closed() {
-            self.withdraw(&app.name).await;
             return Ok(None);
         }
         self.install(&app.name, &app.network).await?;
@@ -192,15 +192,15 @@ impl Outbound {
             Ok(None) => return,
             Err(error) => tracing::warn!(%error, "what an earlier launcher knew of its network is lost"),
         }
-        if let Err(error) = self.begin(&mut state).await {
-            self.inner.events.emit("network-failed", None, None, error.to_string());
-            return;
-        }
-        let Some(base) = &state.base else { return };
+        // Whatever comes of the rules: the numbers of links that live are nobody else's.
+        let Some(nets) = state.saved.as_ref().and_then(|saved| saved.nets) else { return };
         for link in links {
-            if !self.numbers(&base.nets, |numbers| numbers.claim(link.number)) {
+            if !self.numbers(&nets, |numbers| numbers.claim(link.number)) {
                 tracing::warn!(name = link.name, "a link of an earlier launcher is none of ours");
             }
+        }
+        if let Err(error) = self.begin(&mut state).await {
+            self.inner.events.emit("network-failed", None, None, format!("{error}; it is tried again"));
         }
         let kept: BTreeSet<String> = links.iter().map(|link| link.name.clone()).collect();
         let prefix = self.inner.links.clone();
@@ -220,13 +220,14 @@ impl Outbound {
     /// Takes everything back that was changed on this host.
     pub async fn end(&self) {
         let mut state = self.inner.state.lock().await;
-        let Some(mut base) = state.base.take() else { return };
+        let base = state.base.take().map(|base| (base.nets, base.opened));
+        let saved = state.saved.take().and_then(|saved| Some((saved.nets?, saved.opened)));
+        let Some((nets, mut opened)) = base.or(saved) else { return };
         let rules = format!("delete table inet {}\n", self.inner.config.table);
         if let Err(error) = nft::apply(&rules).await {
             tracing::warn!(%error, "the network's rules are left");
         }
-        base.opened.close();
-        let nets = base.nets;
+        opened.close();
         let removed = host(|rtnl| {
             rtnl.remove_unreachable(IpNet::V4(nets.v4))?;
             nets.v6.map_or(Ok(()), |net| rtnl.remove_unreachable(IpNet::V6(net)))
@@ -272,10 +273,13 @@ impl Outbound {
     /// The app may reach nothing any more.
     async fn withdraw(&self, app: &AppName) {
         let mut state = self.inner.state.lock().await;
-        let Some(policy) = state.policies.remove(app) else { return };
-        let done = nft::apply(&ruleset::no_policy(&self.inner.config.table, policy.group)).await;
-        let done = done.map_err(NetworkError::from).and_then(|()| state.save(&self.inner.config.folder));
-        if let Err(error) = done {
+        let Some(group) = state.policies.get(app).map(|policy| policy.group) else { return };
+        // Only what is no longer in force is forgotten; the next round tries again.
+        if let Err(error) = nft::apply(&ruleset::no_policy(&self.inner.config.table, group)).await {
+            return self.inner.events.emit("network-failed", Some(app), None, error.to_string());
+        }
+        state.policies.remove(app);
+        if let Err(error) = state.save(&self.inner.config.folder) {
             self.inner.events.emit("network-failed", Some(app), None, error.to_string());
         }
         let _ = std::fs::remove_file(state::hosts_path(&self.inner.config.folder, app));
@@ -290,7 +294,7 @@ impl Outbound {
         let netlink = |what| move |error| NetworkError::Netlink { what, error };
         let surroundings = host(|rtnl| Surroundings::look(rtnl, &self.inner.links))
             .map_err(netlink("looking at this host's interfaces and routes"))?;
-        let saved = state.saved.take().unwrap_or_default();
+        let saved = state.saved.clone().unwrap_or_default();
         let mut opened = saved.opened;
         let with_v6 = surroundings.has_v6 && forwarding::can_forward_v6();
         let seed = fnv1a(format!("{} {}", config.table, config.folder.display()).as_bytes());
@@ -301,6 +305,8 @@ impl Outbound {
                 v6: with_v6.then(|| pool::unique_local(seed)),
             },
         };
+        // Should something fail from here on, it is tried again with these.
+        state.saved = Some(state::SavedBase { nets: Some(nets), opened: opened.clone() });
         let marked = host(|rtnl| {
             rtnl.add_unreachable(IpNet::V4(nets.v4))?;
             nets.v6.map_or(Ok(()), |net| rtnl.add_unreachable(IpNet::V6(net)))
@@ -321,6 +327,7 @@ impl Outbound {
             config.table
         );
         state.base = Some(state::Base { nets, opened, mtu: surroundings.mtu });
+        state.saved = None;
         state.save(&config.folder)?;
         if changed? {
             let base = state.base.as_ref();

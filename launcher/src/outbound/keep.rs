@@ -42,7 +42,10 @@ pub async fn keep(host: Arc<Host>) {
             () = tokio::time::sleep(EVERY) => false,
             () = deleted(changes.as_ref().ok()) => true,
         };
-        if outbound.inner.state.lock().await.base.is_none() {
+        let state = outbound.inner.state.lock().await;
+        let idle = state.base.is_none() && state.saved.is_none();
+        drop(state);
+        if idle {
             continue;
         }
         outbound.restore().await;
@@ -63,24 +66,33 @@ pub async fn keep(host: Arc<Host>) {
 impl Outbound {
     /// Puts the rules back if they are gone: `nft flush ruleset`, or a restart of the host's own firewall, takes everybody's.
     async fn restore(&self) {
-        let mut state = self.inner.state.lock().await;
-        let table = &self.inner.config.table;
-        match nft::has_table(table).await {
-            Ok(false) => {}
-            Ok(true) => return,
+        let failed = self.inner.state.lock().await.base.is_none();
+        // Asked without the lock: starts wait for it.
+        match nft::has_table(&self.inner.config.table).await {
+            Ok(true) if !failed => return,
+            Ok(_) => {}
             Err(error) => {
                 return tracing::warn!(%error, "whether the network's rules are in force is not known");
             }
         }
-        let Some(base) = state.base.take() else { return };
-        state.saved = Some(state::SavedBase { nets: Some(base.nets), opened: base.opened });
+        let mut state = self.inner.state.lock().await;
+        if let Some(base) = state.base.take() {
+            state.saved = Some(state::SavedBase { nets: Some(base.nets), opened: base.opened });
+        }
         let message = match self.begin(&mut state).await {
+            Ok(()) if failed => "the rules of the apps' network are in force now".to_owned(),
             Ok(()) => {
                 "somebody has flushed the packet filter; the rules of the apps' network are in force again"
                     .to_owned()
             }
+            // Told when it failed first.
+            Err(error) if failed => {
+                return tracing::warn!(%error, "the network's rules are still not in force");
+            }
             Err(error) => {
-                format!("somebody has flushed the packet filter, and its rules cannot be put back: {error}")
+                format!(
+                    "somebody has flushed the packet filter, and its rules cannot be put back: {error}; it is tried again"
+                )
             }
         };
         self.inner.events.emit("network-restored", None, None, message);

@@ -102,9 +102,8 @@ pub(super) fn write_hosts(path: &Path, text: &str) -> io::Result<File> {
     let file =
         OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o644).open(path)?;
     let mut padded = text.to_owned();
-    while (padded.len() as u64) < file.metadata()?.len() {
-        padded.push('\n');
-    }
+    let before = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
+    padded.extend(std::iter::repeat_n('\n', before.saturating_sub(padded.len())));
     file.write_all_at(padded.as_bytes(), 0)?;
     Ok(file)
 }

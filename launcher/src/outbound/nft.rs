@@ -44,10 +44,9 @@ pub(super) async fn sets(table: &str) -> Result<serde_json::Value, NftError> {
 }
 
 async fn run(arguments: &[&str], input: &str) -> Result<String, NftError> {
-    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
     let mut child = Command::new("nft")
         .args(arguments)
-        .env("PATH", path)
+        .env("PATH", crate::hooks::PATH)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

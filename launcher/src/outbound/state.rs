@@ -52,7 +52,7 @@ pub(super) struct Policy {
 }
 
 /// The host's part, as saved.
-#[derive(Debug, Default, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub(super) struct SavedBase {
     pub(super) nets: Option<Nets>,
     pub(super) opened: Opened,
