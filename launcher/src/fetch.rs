@@ -9,6 +9,8 @@ mod registry;
 use std::io::{self, BufRead as _, Read as _, Write as _};
 use std::process::ExitCode;
 
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::getpgrp;
 use serde::{Deserialize, Serialize};
 
 use crate::image::Digest;
@@ -125,7 +127,8 @@ fn take_order() -> Result<Order, String> {
 fn end_with_the_daemon() {
     std::thread::spawn(|| {
         let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
-        std::process::exit(1);
+        // With what it has started; it leads a process group of its own.
+        let _ = killpg(getpgrp(), Signal::SIGKILL);
     });
 }
 

@@ -17,7 +17,7 @@ impl Group {
         let directory = self.memory_directory()?;
         let (file, order) = match directory.version {
             Version::V1 => ("memory.force_empty", "0".to_owned()),
-            Version::V2 => ("memory.reclaim", self.memory()?.current.to_string()),
+            Version::V2 => ("memory.reclaim", self.memory_current()?.to_string()),
         };
         Ok((directory.run("open to reclaim", |fd| files::open_write(fd, file))?, order))
     }

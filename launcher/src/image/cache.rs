@@ -29,7 +29,10 @@ impl Cache {
         let file = dir.join(FILE);
         let text = std::fs::read(&file).unwrap_or_default();
         let mut known: BTreeMap<PathBuf, (Key, String)> = serde_json::from_slice(&text).unwrap_or_default();
-        known.retain(|source, _| super::source_exists(source));
+        // Of those from elsewhere what there is holds, should they be away: who wants none of it says so with `retain`.
+        known.retain(|source, _| {
+            super::remote::is_remote(&source.to_string_lossy()) || super::source_exists(source)
+        });
         Cache { file, known }
     }
 
@@ -42,11 +45,9 @@ impl Cache {
         self.known.get(source).map(|(_, name)| name.clone())
     }
 
-    /// Forgets all but these; whether there was any other.
-    pub(super) fn retain(&mut self, wanted: impl Fn(&Path) -> bool) -> bool {
-        let before = self.known.len();
+    /// Forgets all but these.
+    pub(super) fn retain(&mut self, wanted: impl Fn(&Path) -> bool) {
         self.known.retain(|source, _| wanted(source));
-        self.known.len() < before
     }
 
     pub(super) fn put(&mut self, path: &Path, key: Key, name: &str) {
@@ -60,5 +61,24 @@ impl Cache {
 
     pub(super) fn names(&self) -> HashSet<String> {
         self.known.values().map(|(_, name)| name.clone()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_fetched_from_elsewhere_is_known_after_a_restart_and_what_is_gone_here_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let (remote, gone) = (Path::new("docker://registry.example.com/blog:1"), Path::new("/gone/blog.tar"));
+        let mut cache = Cache::load(folder.path());
+        cache.put(remote, Key::default(), "oci-1");
+        cache.put(gone, Key::default(), "sha256-1");
+
+        let cache = Cache::load(folder.path());
+
+        assert_eq!(cache.newest(remote).as_deref(), Some("oci-1"));
+        assert_eq!(cache.newest(gone), None);
     }
 }

@@ -393,6 +393,8 @@ impl Inner {
         if report.skipped > 0 {
             tracing::info!(image = %path.display(), skipped = report.skipped, "device nodes and fifos were left out");
         }
+        // What bears its final name must be whole, even after a crash of the host.
+        rustix::fs::syncfs(&root).map_err(|error| ImageError::io(place, "sync", error))?;
         Ok(digest)
     }
 

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use serde::Deserialize;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::process::{Child, Command};
@@ -168,8 +170,10 @@ pub(super) async fn fetch(
         Ok(outcome) => outcome,
         Err(_) => Err(FetchError::Timeout(FETCH_TIMEOUT)),
     };
-    // Its standard input has been closed, which ends it; this makes sure. Nothing writes into the layout from now on.
-    let _ = child.start_kill();
+    // With what it has started, such as git's own helpers: nothing writes into the layout from now on.
+    if let Some(leader) = child.id().and_then(|id| i32::try_from(id).ok()) {
+        let _ = killpg(Pid::from_raw(leader), Signal::SIGKILL);
+    }
     let status = child.wait().await.map_err(|error| io_error("wait for the fetcher", error))?;
     match outcome {
         Ok(Some(version)) => Ok((scratch, version)),
@@ -207,7 +211,7 @@ fn spawn(options: &Options, folder: &Path) -> io::Result<Child> {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
-        // With whatever it starts.
+        // With whatever it starts, so that all of it can be ended.
         .process_group(0)
         .kill_on_drop(true)
         .spawn()

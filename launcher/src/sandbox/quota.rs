@@ -66,8 +66,11 @@ pub(super) fn limit(directory: BorrowedFd<'_>, bytes: u64) -> Result<(), Failure
         _ => Failure::from(error),
     };
     let attributes = attributes(directory).map_err(about)?;
-    let marked = attributes.flags & INHERIT != 0 && attributes.project != 0;
-    let project = if marked { attributes.project } else { project_of(directory)? };
+    let own = project_of(directory)?;
+    // One that people have chosen holds; one of ours that is not its own was inherited from the volume around it.
+    let chosen = (1..FIRST_PROJECT).contains(&u64::from(attributes.project));
+    let marked = attributes.flags & INHERIT != 0 && (chosen || attributes.project == own);
+    let project = if marked { attributes.project } else { own };
     set_quota(directory, project, bytes).map_err(about)?;
     if !marked {
         count_in(directory, project, 0).about("counting in what is there")?;
@@ -75,7 +78,7 @@ pub(super) fn limit(directory: BorrowedFd<'_>, bytes: u64) -> Result<(), Failure
     Ok(())
 }
 
-/// A number of the directory's own: what tells it apart from all others of its file system.
+/// A number of the directory's own, from its inode: no other has it on a file system of fewer than two thousand million.
 fn project_of(directory: BorrowedFd<'_>) -> Result<u32, Failure> {
     let inode = rustix::fs::fstat(directory).about("fstat")?.st_ino;
     Ok(u32::try_from(FIRST_PROJECT + inode % PROJECTS).unwrap_or(u32::MAX))

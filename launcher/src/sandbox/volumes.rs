@@ -42,8 +42,10 @@ fn open_one(pool: &OwnedFd, volume: &VolumePlan, userns: BorrowedFd<'_>) -> Resu
         Failure::new(errno.raw_os_error(), mend)
     })?;
     if let Some(bytes) = volume.quota {
-        let directory = beneath(pool.as_fd(), &volume.source, OFlags::DIRECTORY | OFlags::CLOEXEC)?;
-        quota::limit(directory.as_fd(), bytes)?;
+        // What was opened, not what bears the name by now.
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let limited = rustix::fs::openat(&directory, c".", flags, Mode::empty())?;
+        quota::limit(limited.as_fd(), bytes)?;
     }
     mount::volume(directory.as_fd(), userns, volume.read_only)
 }
