@@ -106,7 +106,11 @@ impl Supervisor {
     /// Looks at the app when it is time, and does what is to be done.
     pub(super) async fn mind_scaling(&mut self, now: Instant) {
         if self.running.is_empty() {
-            (self.scaling.raised, self.scaling.trial) = (None, None);
+            self.scaling.raised = None;
+            // It cannot be judged any more, and must not keep the next step waiting.
+            if let Some(trial) = self.scaling.trial.take() {
+                self.scaling.history.judged(trial.kind, None);
+            }
         }
         if self.removed || self.ending || self.scaling_due().is_none_or(|due| due > now) {
             return;
@@ -313,8 +317,10 @@ impl Supervisor {
         let active = |running: &Running| {
             running.is_ready() && (running.in_flight() > 0 || running.last_active + ACTIVE_FOR > now)
         };
+        // Asleep it needs no quota, and says nothing about it.
+        let awake = |running: &Running| running.is_ready() && running.rest == Rest::Awake;
         self.scaling.trial.is_some()
-            || (self.scaling.raised.is_some() && !self.running.is_empty())
+            || (self.scaling.raised.is_some() && self.running.values().any(awake))
             || self.serving() > self.app.scale.min.max(1)
             || self.running.values().any(active)
     }
