@@ -126,7 +126,9 @@ fn table(apps: &[Usage], by: By) -> Vec<String> {
     for usage in apps {
         sum += usage.figures;
         let app = usage.app.as_ref().map_or(String::new(), ToString::to_string);
-        let when = from.map(|(_, length)| hour(usage.from_unix_s).replace('T', " ")[..length].to_owned());
+        let when = from.map(|(_, length)| {
+            hour(usage.from_unix_s).replace('T', " ").chars().take(length).collect::<String>()
+        });
         rows.push(when.into_iter().chain([app]).chain(cells(&usage.figures)).collect());
     }
     if rows.len() > 1 {

@@ -223,7 +223,7 @@ impl Launch {
         captures: &mut Vec<Capture>,
         events: &mut mpsc::UnboundedReceiver<KeeperEvent>,
     ) -> Result<Made, End> {
-        self.hooks_before(Point::BeforeCreate, &mut trace).await?;
+        self.hooks_before(Point::BeforeCreate, &self.subject(), &mut trace).await?;
         let container = &self.app.container;
         let resolved = self.host.images.resolve_over(container.base.as_deref(), &container.image).await;
         let image = resolved.map_err(|e| self.cannot(&e))?;
@@ -238,8 +238,10 @@ impl Launch {
         self.give_way(&group);
         let (cgroup_tasks, cgroup_dir) = group.join_fds().map_err(|e| self.cannot(&e))?;
         trace.lap("cgroup");
-        self.host.hooks.after(Point::AfterCreate, &self.subject());
-        self.hooks_before(Point::BeforeStart, &mut trace).await?;
+        let group = Arc::new(group);
+        let subject = crate::hooks::Subject { group: Some(Arc::clone(&group)), ..self.subject() };
+        self.host.hooks.after(Point::AfterCreate, &subject);
+        self.hooks_before(Point::BeforeStart, &subject, &mut trace).await?;
 
         let mut link = self.host.outbound.prepare(&self.app).await.map_err(|e| self.cannot(&e))?;
         let (gate, opener) = gate(link.is_some()).map_err(|e| self.cannot(&e))?;
@@ -257,7 +259,6 @@ impl Launch {
             PlanFds { layers: image.fds, cgroup_tasks, cgroup_dir, hosts, gate, stdout, stderr, outputs };
         let created = self.host.keeper.create(plan, fds).await.map_err(|e| self.not_created(&e))?;
 
-        let group = Arc::new(group);
         let pid = created.pid;
         let sockets = match self.host.netns.open(created.pidfd).await {
             Ok(sockets) => sockets,

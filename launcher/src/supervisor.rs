@@ -361,16 +361,17 @@ impl Supervisor {
         let took = Duration::from_micros(timing.total_us);
         let message = format!("{} listens on port {} after {took:.1?}", live.id, live.port);
         self.emit("ready", generation, message);
+        for waker in self.wakers.drain(..) {
+            let _ = waker.send(Ok(Awake { live: Arc::clone(&live), timing: timing.clone() }));
+        }
+        // All else can wait until the visitors have been answered.
         self.host.metrics.started(&timing);
         self.started(generation);
         self.retry_at = None;
         if self.timings.len() == TIMINGS_KEPT {
             self.timings.remove(0);
         }
-        self.timings.push((generation, timing.clone()));
-        for waker in self.wakers.drain(..) {
-            let _ = waker.send(Ok(Awake { live: Arc::clone(&live), timing: timing.clone() }));
-        }
+        self.timings.push((generation, timing));
         if let Some(old) = replaces {
             self.drain(old, &format!("replaced by {generation}")).await;
         }

@@ -27,18 +27,12 @@ pub enum Part {
 const PARTS: usize = 6;
 
 /// Splits the time of one request into [`Part`]s.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Stopwatch {
     begun: Instant,
     since: Instant,
     part: Part,
     spent: [Duration; PARTS],
-}
-
-impl Default for Stopwatch {
-    fn default() -> Self {
-        Self::begin()
-    }
 }
 
 impl Stopwatch {

@@ -291,9 +291,11 @@ impl Upstream {
         if last != 0 && now < last + BREACH_EVERY_MS {
             return false;
         }
-        let mine = self.examined.compare_exchange(last, now, Relaxed, Relaxed).is_ok();
+        if self.examined.compare_exchange(last, now, Relaxed, Relaxed).is_err() {
+            return false;
+        }
         let summary = self.window.summary(tick);
-        mine && summary.count >= BREACH_RESPONSES && summary.p90_us > limit_us
+        summary.count >= BREACH_RESPONSES && summary.p90_us > limit_us
     }
 
     /// It answered; the launcher hears of the first time.

@@ -130,13 +130,14 @@ impl Peer {
 
     async fn put_app(&self, app: cmdb::App) -> Result<Reply, Refusal> {
         let name = app.name.clone();
+        self.host.store.put_app(app.clone()).await.map_err(|e| store_refusal(&e))?;
+        // Only a file that is in force ends what the operator has set.
         for key in tokio::task::block_in_place(|| self.host.overrides.settle(&app)) {
             let message =
                 format!("the vhost file of {name} has changed {key}: what the operator had set there ends");
             self.host.events.emit("override", Some(&name), None, message);
         }
         let wants_instances = self.host.keeps_instances(&app);
-        self.host.store.put_app(app).await.map_err(|e| store_refusal(&e))?;
         self.host.events.emit(
             "config-applied",
             Some(&name),
@@ -173,8 +174,12 @@ impl Peer {
             let _ = drained.await;
         }
         self.host.store.remove_app(app).await.map_err(|e| store_refusal(&e))?;
-        tokio::task::block_in_place(|| self.host.overrides.update(app, |known| *known = Override::default()))
-            .map_err(|error| Refusal::new(RefusalCode::Internal, error.to_string()))?;
+        let forgotten = tokio::task::block_in_place(|| {
+            self.host.overrides.update(app, |known| *known = Override::default())
+        });
+        if let Err(error) = forgotten {
+            tracing::warn!(%app, %error, "what the operator had set for a removed app is still on record");
+        }
         self.host.images.nudge();
         self.host.events.emit("config-removed", Some(app), None, format!("{app} is not configured any more"));
         Ok(Reply::Done)

@@ -33,11 +33,16 @@ pub(super) struct Attendants {
 
 impl Launch {
     /// Lets the hooks of a point before the process exists run; `trace` tells how long that took.
-    pub(super) async fn hooks_before(&self, point: Point, trace: &mut Trace) -> Result<(), End> {
+    pub(super) async fn hooks_before(
+        &self,
+        point: Point,
+        subject: &Subject,
+        trace: &mut Trace,
+    ) -> Result<(), End> {
         if !has(&self.app, point) {
             return Ok(());
         }
-        let outcome = self.host.hooks.before(point, &self.subject()).await;
+        let outcome = self.host.hooks.before(point, subject).await;
         trace.lap(point.as_str());
         outcome.map_err(|reason| self.failed(&format!("could not be started: {reason}")))
     }
@@ -71,9 +76,11 @@ impl Launch {
     /// The processes have ended, the cgroup is there.
     pub(super) async fn hooks_before_exit(&self, end: &End) {
         if has(&self.app, Point::BeforeExit) {
+            // A start that has not come so far has nothing that ends, and its visitors wait for the answer.
+            let Ok(group) = self.host.cgroups.open(&self.container()) else { return };
             let mut subject = self.subject();
             subject.end = Some(end.reason.clone());
-            subject.group = self.host.cgroups.open(&self.container()).ok().map(Arc::new);
+            subject.group = Some(Arc::new(group));
             // It cannot be kept from ending: a failure is told of, and that is all.
             drop(self.host.hooks.before(Point::BeforeExit, &subject).await);
         }

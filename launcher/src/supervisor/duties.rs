@@ -13,7 +13,7 @@ use super::{
 use crate::{
     cgroup::{CpuQuota, CpuWeight, Group},
     hooks::Subject,
-    instance::name,
+    instance::{fingerprint, name},
     ready,
 };
 
@@ -322,8 +322,7 @@ impl Supervisor {
             // Told in the events; the configuration holds for the next start all the same.
             let _ = self.apply_limits();
         }
-        let same = |app: &App| (app.container.clone(), app.volumes.clone(), app.network.clone());
-        if same(&old) != same(&self.app) {
+        if fingerprint(&old) != fingerprint(&self.app) {
             self.replace_all("its configuration changed");
             let starting: Vec<_> = self
                 .running

@@ -54,8 +54,10 @@ impl Supervisor {
         };
         running.growth.curve.push(running.requests, bytes);
         let grows = running.growth.curve.grows_on();
+        // Evidence against another image says nothing about this one.
+        let of_this_image = running.image == self.leak.image;
         self.judge_leak(generation);
-        if grows || self.leak.evidence.is_some() {
+        if grows || (of_this_image && self.leak.evidence.is_some()) {
             self.recycle_at(generation, bytes);
         }
     }

@@ -27,7 +27,6 @@ const ESTABLISHED: u8 = 1;
 /// The fault that is noted in `ctx`, or that the client has left.
 pub async fn hold(session: &mut Session, ctx: &mut Ctx, app: &Arc<AppRuntime>) -> pingora::Result<Lease> {
     ctx.watch.enter(Part::Hold);
-    ctx.held = true;
     let held_since = std::time::Instant::now();
     let hold = app.spec.load().hold.clone();
     let deadline = Instant::from_std(ctx.watch.begun() + hold.timeout);
@@ -37,6 +36,7 @@ pub async fn hold(session: &mut Session, ctx: &mut Ctx, app: &Arc<AppRuntime>) -
         Err(Full::Room) => return Err(ctx.fail(Fault::QueueFull { retry_after: app.retry_after() })),
         Err(Full::All) => return Err(ctx.fail(Fault::Shed { retry_after: app.retry_after() })),
     };
+    ctx.held = true;
     app.knock();
     // A person is told after a moment; who is no person could do nothing with a page.
     let page_at = Instant::now() + hold.page_after;

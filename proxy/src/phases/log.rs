@@ -51,7 +51,7 @@ pub fn log(house: &House, session: &Session, error: Option<&Error>, ctx: &mut Ct
         bytes: session.body_bytes_sent(),
         app: ctx.app.clone(),
         generation: ctx.generation,
-        watch: std::mem::take(&mut ctx.watch),
+        watch: ctx.watch,
         retries: outcome.retries,
         cold: ctx.cold,
         error,
