@@ -165,6 +165,8 @@ impl<T: Tenant> CmCache<T> {
                 writer.put(app, record);
             }
             Change::Removed(name) => writer.remove(&name),
+            // Of no matter for routes by name; whoever forwards to other hosts keeps them.
+            Change::Nodes(_) => {}
             Change::Synced => {
                 let seen = writer.seen.take().unwrap_or_default();
                 writer.remove_unseen(&seen);

@@ -5,12 +5,14 @@
 
 pub mod app;
 pub mod cache;
+pub mod compute;
 pub mod embedded;
 pub mod fingerprint;
 pub mod hook;
 pub mod instance;
 mod mirror;
 pub mod network;
+pub mod placement;
 pub mod redis;
 pub mod store;
 pub mod transition;

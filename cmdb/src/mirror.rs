@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     app::{App, AppName, HostPattern},
+    compute::Nodes,
     store::{Change, StoreError},
     transition::AppRecord,
 };
@@ -26,6 +27,7 @@ pub(crate) struct Mirror {
     apps: BTreeMap<AppName, Entry>,
     owners: HashMap<HostPattern, AppName>,
     watchers: Vec<mpsc::Sender<Change>>,
+    nodes: Nodes,
 }
 
 /// Whether the loss of `missing` of `all` apps at once is to be distrusted.
@@ -62,6 +64,9 @@ impl Mirror {
         let (sender, receiver) = mpsc::channel(self.apps.len() + WATCHER_LAG);
         for entry in self.apps.values() {
             let _ = sender.try_send(entry.change());
+        }
+        if !self.nodes.is_empty() {
+            let _ = sender.try_send(Change::Nodes(Arc::clone(&self.nodes)));
         }
         let _ = sender.try_send(Change::Synced);
         self.watchers.push(sender);
@@ -120,6 +125,17 @@ impl Mirror {
         self.owners.retain(|_, owner| *owner != *app);
         self.publish(&Change::Removed(app.clone()));
         Some(entry)
+    }
+
+    /// The hosts that there are.
+    pub(crate) fn nodes(&self) -> Nodes {
+        Arc::clone(&self.nodes)
+    }
+
+    /// The hosts are these from now on.
+    pub(crate) fn set_nodes(&mut self, nodes: Nodes) {
+        self.nodes = Arc::clone(&nodes);
+        self.publish(&Change::Nodes(nodes));
     }
 
     /// The app's instances are so from now on. Nothing happens when there is no such app.

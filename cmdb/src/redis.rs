@@ -28,6 +28,7 @@ use tokio::{
 
 use crate::{
     app::{App, AppName},
+    compute::Nodes,
     fingerprint::fnv1a,
     store::{Change, Store, StoreError},
     transition::{AppRecord, Outcome, Transition},
@@ -41,6 +42,10 @@ use stored::Stored;
 /// How often a change is decided anew because somebody else was faster.
 const ATTEMPTS: usize = 64;
 
+/// How often a host tells that it is there.
+pub const HEARTBEAT: Duration = Duration::from_millis(500);
+/// A host whose heartbeat has not changed for so long is taken for dead.
+pub const DEAD_AFTER: Duration = Duration::from_millis(1_500);
 /// The longest that a request may be kept waiting by Redis; then its host goes on without.
 pub const BUDGET: Duration = Duration::from_millis(150);
 
@@ -170,6 +175,10 @@ impl Store for RedisStore {
 
     fn list(&self) -> Vec<(Arc<App>, Arc<AppRecord>)> {
         self.shared.lock().list()
+    }
+
+    fn nodes(&self) -> Nodes {
+        self.shared.lock().nodes()
     }
 }
 

@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     app::{App, AppName},
+    compute::{Compute, Load, Nodes},
     transition::{AppRecord, Outcome, Transition},
 };
 
@@ -31,6 +32,22 @@ pub trait Store: std::fmt::Debug + Send + Sync + 'static {
 
     /// Every app and its record, by name, as this process knows them now; no I/O.
     fn list(&self) -> Vec<(Arc<App>, Arc<AppRecord>)>;
+
+    /// Tells all others that this host is there, and what it has left; to be called again every
+    /// [`HEARTBEAT`](crate::redis::HEARTBEAT). Where there is only one host nobody needs to be told.
+    async fn beat(&self, _: &Compute, _: Load) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    /// Has a host emptied, or not any more.
+    async fn set_draining(&self, _: &str, _: bool) -> Result<(), StoreError> {
+        Err(StoreError::OneHost)
+    }
+
+    /// Every host, as this process knows them now; no I/O. Empty where there is only one.
+    fn nodes(&self) -> Nodes {
+        Nodes::default()
+    }
 }
 
 /// One step of a watch.
@@ -45,6 +62,9 @@ pub enum Change {
     },
     /// This app is not there any more.
     Removed(AppName),
+    /// The hosts are these from now on. Comes before [`Change::Synced`] where there are several, and when a host has come,
+    /// gone, been drained or has noticeably more or less room.
+    Nodes(Nodes),
     /// All that was there when the watch began has been sent.
     Synced,
 }
@@ -58,6 +78,12 @@ pub enum StoreError {
     /// The store cannot be reached or is broken.
     #[error("the CMDB cannot be reached: {0}")]
     Unavailable(String),
+    /// There is but one host, so nothing can be asked of several.
+    #[error("there is only this host: the CMDB is the embedded one (see --cmdb)")]
+    OneHost,
+    /// No such host.
+    #[error("no host is called \"{0}\"")]
+    UnknownNode(String),
     /// What is stored cannot be read.
     #[error("the CMDB's record of \"{app}\" cannot be read: {reason}")]
     Corrupt {

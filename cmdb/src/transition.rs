@@ -29,6 +29,10 @@ pub struct AppRecord {
     pub last_failure: String,
     /// The instances that are there, by generation.
     pub instances: BTreeMap<Generation, Instance>,
+    /// For hosts that were thought dead: their instances up to this generation were given up for good. Should such a host
+    /// be alive after all, it ends them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub fences: BTreeMap<String, Generation>,
 }
 
 /// A change that is asked for.
@@ -41,6 +45,9 @@ pub enum Transition {
         node: String,
         /// Time that the start may take, ms.
         start_timeout_ms: u64,
+        /// Hosts that are thought dead: their instances are given up.
+        #[serde(default)]
+        lost: Vec<String>,
     },
     /// One more instance, beside those that are there (scale-out, or make-before-break replacement).
     Add {
@@ -52,6 +59,9 @@ pub enum Transition {
         max: u32,
         /// A replacement may exceed `max` by one while the old instance still serves.
         replacing: bool,
+        /// As in `Wake`.
+        #[serde(default)]
+        lost: Vec<String>,
     },
     /// An instance that this record does not know runs and listens: its host's launcher has found it after a restart.
     Adopt {
@@ -128,14 +138,25 @@ pub enum Outcome {
 impl AppRecord {
     /// Carries out `transition` at time `now_ms` (ms since the Unix epoch); on refusal the record is unchanged.
     pub fn apply(&mut self, transition: &Transition, now_ms: u64) -> Outcome {
+        let given_up = match transition {
+            Transition::Wake { lost, .. } | Transition::Add { lost, .. } => self.give_up(lost),
+            _ => false,
+        };
         let outcome = self.decide(transition, now_ms);
-        if !matches!(
+        let refused = matches!(
             outcome,
             Outcome::Ready(_) | Outcome::Join(_) | Outcome::Backoff { .. } | Outcome::Full | Outcome::Fenced
-        ) {
+        );
+        if given_up || !refused {
             self.rev += 1;
         }
         outcome
+    }
+
+    /// Whether others have given up this instance of `node`, so that it has to end.
+    #[must_use]
+    pub fn is_fenced(&self, node: &str, generation: Generation) -> bool {
+        self.fences.get(node).is_some_and(|fence| generation <= *fence)
     }
 
     /// The instances that may get requests.
@@ -147,8 +168,15 @@ impl AppRecord {
     /// are as `mine` has them, for it is the authority about what it runs; everybody else's stay as they are here.
     pub fn take_over(&mut self, mine: &Self, node: &str) {
         self.instances.retain(|_, instance| instance.node != node);
-        let of_node = mine.instances.iter().filter(|(_, instance)| instance.node == node);
-        self.instances.extend(of_node.map(|(generation, instance)| (*generation, instance.clone())));
+        for (lost, fence) in &mine.fences {
+            let known = self.fences.entry(lost.clone()).or_default();
+            *known = (*known).max(*fence);
+        }
+        for (generation, instance) in mine.instances.iter().filter(|(_, instance)| instance.node == node) {
+            if !self.is_fenced(node, *generation) {
+                self.instances.insert(*generation, instance.clone());
+            }
+        }
         self.generation = self.generation.max(mine.generation);
         if mine.backoff_until_ms > self.backoff_until_ms {
             self.failures = mine.failures;
@@ -160,14 +188,17 @@ impl AppRecord {
 
     fn decide(&mut self, transition: &Transition, now_ms: u64) -> Outcome {
         match transition {
-            Transition::Wake { node, start_timeout_ms } => self.wake(node, *start_timeout_ms, now_ms),
-            Transition::Add { node, start_timeout_ms, max, replacing } => {
+            Transition::Wake { node, start_timeout_ms, .. } => self.wake(node, *start_timeout_ms, now_ms),
+            Transition::Add { node, start_timeout_ms, max, replacing, .. } => {
                 let serving = self.instances.values().filter(|i| i.state != State::Draining).count();
                 let allowed = *max as usize + usize::from(*replacing);
                 if serving >= allowed {
                     return Outcome::Full;
                 }
                 self.begin(node, *start_timeout_ms, now_ms)
+            }
+            Transition::Adopt { generation, node, .. } if self.is_fenced(node, *generation) => {
+                Outcome::Fenced
             }
             Transition::Adopt { generation, node, port } => {
                 let instance = Instance {
@@ -243,9 +274,23 @@ impl AppRecord {
         }
     }
 
+    /// Removes and fences the instances of hosts that are thought dead. Whether there were any.
+    fn give_up(&mut self, lost: &[String]) -> bool {
+        let before = self.instances.len();
+        for node in lost {
+            let last = self.instances.values().filter(|i| i.node == *node).map(|i| i.generation).max();
+            if let Some(last) = last {
+                self.fences.insert(node.clone(), last);
+                self.instances.retain(|_, instance| instance.node != *node);
+            }
+        }
+        self.instances.len() != before
+    }
+
     fn wake(&mut self, node: &str, start_timeout_ms: u64, now_ms: u64) -> Outcome {
-        let serving = |i: &&Instance| matches!(i.state, State::Ready | State::Frozen);
-        if let Some(instance) = self.instances.values().find(serving) {
+        let serving = || self.instances.values().filter(|i| matches!(i.state, State::Ready | State::Frozen));
+        // One of the asker's own host first: for another's it would have to send the request on.
+        if let Some(instance) = serving().find(|i| i.node == node).or_else(|| serving().next()) {
             return Outcome::Ready(instance.generation);
         }
         // A start whose deadline has passed has lost its owner (its host died): it must not be waited for.
@@ -300,7 +345,7 @@ mod tests {
     use super::*;
 
     fn wake() -> Transition {
-        Transition::Wake { node: "here".into(), start_timeout_ms: 20_000 }
+        Transition::Wake { node: "here".into(), start_timeout_ms: 20_000, lost: Vec::new() }
     }
 
     fn started(record: &mut AppRecord, now_ms: u64) -> Generation {
@@ -329,6 +374,23 @@ mod tests {
         let lost = started(&mut record, 1_000);
         let next = started(&mut record, 21_001);
         assert!(next > lost);
+    }
+
+    #[test]
+    fn what_others_have_given_up_never_comes_back() {
+        let mut record = AppRecord::default();
+        let old = started(&mut record, 1_000);
+        record.apply(&Transition::Ready { generation: old, port: 80 }, 1_001);
+        let cut_off = record.clone();
+        let elsewhere =
+            Transition::Wake { node: "there".into(), start_timeout_ms: 500, lost: vec!["here".into()] };
+        let Outcome::Own(new) = record.apply(&elsewhere, 2_000) else { panic!("{record:?}") };
+        assert_eq!(record.instances.keys().copied().collect::<Vec<_>>(), [new]);
+
+        let adopt = Transition::Adopt { generation: old, node: "here".into(), port: 80 };
+        assert_eq!(record.apply(&adopt, 2_001), Outcome::Fenced);
+        record.take_over(&cut_off, "here");
+        assert!(record.is_fenced("here", old) && !record.instances.contains_key(&old));
     }
 
     #[test]
@@ -373,7 +435,8 @@ mod tests {
                 node: "here".into(),
                 start_timeout_ms: 500,
                 max,
-                replacing
+                replacing,
+                lost: Vec::new(),
             }),
             generation.clone().prop_map(|generation| Transition::Adopt {
                 generation,

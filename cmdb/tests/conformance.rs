@@ -77,7 +77,7 @@ fn name(text: &str) -> AppName {
 }
 
 fn wake(node: &str) -> Transition {
-    Transition::Wake { node: node.into(), start_timeout_ms: 20_000 }
+    Transition::Wake { node: node.into(), start_timeout_ms: 20_000, lost: Vec::new() }
 }
 
 /// The first change that `wanted` accepts.
@@ -115,6 +115,7 @@ async fn what_one_way_in_puts_every_watch_shows(home: &Home) {
         told.push(match watch.recv().await.unwrap() {
             Change::Put { app, .. } => format!("put {}", app.name),
             Change::Removed(app) => format!("removed {app}"),
+            Change::Nodes(_) => continue,
             Change::Synced => "synced".to_owned(),
         });
     }
@@ -216,7 +217,13 @@ async fn scale_out_stops_at_max_whoever_asks(home: &Home) {
         let store = home.way_in(&format!("node-{host}")).await;
         hosts.spawn(async move {
             let node = format!("node-{host}");
-            let add = Transition::Add { node, start_timeout_ms: 20_000, max: 4, replacing: false };
+            let add = Transition::Add {
+                node,
+                start_timeout_ms: 20_000,
+                max: 4,
+                replacing: false,
+                lost: Vec::new(),
+            };
             store.apply(&name("blog"), add).await.unwrap().0
         });
     }
@@ -318,7 +325,11 @@ async fn histories_of_many_clients_are_linearizable(home: &Home) {
                         2 if let Some(generation) = known.iter().max().copied() => {
                             Transition::Gone { generation }
                         }
-                        _ => Transition::Wake { node: format!("node-{client}"), start_timeout_ms: 1 << 40 },
+                        _ => Transition::Wake {
+                            node: format!("node-{client}"),
+                            start_timeout_ms: 1 << 40,
+                            lost: Vec::new(),
+                        },
                     };
                     history.lock().unwrap().on_invoke(client, op.clone()).unwrap();
                     let (outcome, record) = store.apply(&app_name, op).await.unwrap();
@@ -337,7 +348,7 @@ async fn histories_of_many_clients_are_linearizable(home: &Home) {
 #[test]
 fn the_check_of_histories_finds_a_double_owner() {
     let mut history = LinearizabilityTester::new(OneApp::default());
-    let op = Transition::Wake { node: "here".into(), start_timeout_ms: 1 << 40 };
+    let op = Transition::Wake { node: "here".into(), start_timeout_ms: 1 << 40, lost: Vec::new() };
     history.on_invret(1, op.clone(), Outcome::Own(Generation(5))).unwrap();
     history.on_invret(2, op, Outcome::Own(Generation(6))).unwrap();
     assert!(history.serialized_history().is_none());

@@ -18,7 +18,7 @@ fn open(path: &Path) -> EmbeddedStore {
 }
 
 fn wake() -> Transition {
-    Transition::Wake { node: "here".into(), start_timeout_ms: 20_000 }
+    Transition::Wake { node: "here".into(), start_timeout_ms: 20_000, lost: Vec::new() }
 }
 
 async fn woken(store: &EmbeddedStore, name: &str) -> Generation {

@@ -32,7 +32,7 @@ fn node(text: &str) -> Role {
 }
 
 fn wake(node: &str) -> Transition {
-    Transition::Wake { node: node.into(), start_timeout_ms: 20_000 }
+    Transition::Wake { node: node.into(), start_timeout_ms: 20_000, lost: Vec::new() }
 }
 
 /// Woken and ready.

@@ -106,6 +106,7 @@ impl From<Refusal> for Failure {
             | RefusalCode::StartTimeout
             | RefusalCode::Backoff
             | RefusalCode::Busy
+            | RefusalCode::Elsewhere
             | RefusalCode::BadRequest
             | RefusalCode::Internal => Self::Failed(message),
         }
@@ -117,7 +118,7 @@ mod tests {
     use super::*;
 
     fn refused(code: RefusalCode, retry_after_ms: Option<u64>) -> Failure {
-        ClientError::Refused(Refusal { code, message: "no".into(), retry_after_ms }).into()
+        ClientError::Refused(Refusal { code, message: "no".into(), retry_after_ms, elsewhere: None }).into()
     }
 
     #[test]

@@ -185,6 +185,11 @@ impl Host {
         Ok(sender)
     }
 
+    /// Names of other hosts that are thought dead.
+    pub fn lost(&self) -> Vec<String> {
+        cmdb::compute::lost(&self.store.nodes())
+    }
+
     /// Whether instances of `app` are to run though nobody asks for it.
     pub fn keeps_instances(&self, app: &App) -> bool {
         self.overrides.of(&app.name).of_file(app).scale.min > 0

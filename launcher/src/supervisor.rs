@@ -260,7 +260,8 @@ impl Supervisor {
         let start_timeout_ms = self.start_timeout_ms();
         // Twice: a record of an instance that this host does not have is cleared, and the second round decides.
         for _ in 0..2 {
-            let transition = Transition::Wake { node: self.host.node.clone(), start_timeout_ms };
+            let transition =
+                Transition::Wake { node: self.host.node.clone(), start_timeout_ms, lost: self.host.lost() };
             match self.apply(transition).await {
                 Ok(Outcome::Ready(generation)) => match self.awake(generation).await {
                     Some(awake) => return drop(reply.send(Ok(awake))),

@@ -95,6 +95,7 @@ impl Fault {
             RefusalCode::Busy => Self::Busy { retry_after },
             RefusalCode::UnknownApp => Self::UnknownHost,
             RefusalCode::UnknownInstance
+            | RefusalCode::Elsewhere
             | RefusalCode::Forbidden
             | RefusalCode::BadRequest
             | RefusalCode::Internal => Self::Internal,

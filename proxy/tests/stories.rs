@@ -161,7 +161,7 @@ async fn other_refusals_have_their_own_status() {
         (RefusalCode::Backoff, Some(3_500), 503, Some("4")),
         (RefusalCode::Busy, None, 503, Some("1")),
     ] {
-        let refusal = Refusal { code, message: String::new(), retry_after_ms: retry_ms };
+        let refusal = Refusal { code, message: String::new(), retry_after_ms: retry_ms, elsewhere: None };
         launcher.script("blog", |script| script.refusal = Some(refusal));
         let response = get(proxy.address, "blog.test", "/").await;
         assert_eq!((response.status, response.header("retry-after")), (status, retry_after), "{code}");

@@ -103,6 +103,7 @@ impl Applier {
             match changes.recv().await {
                 Some(Change::Put { app, .. }) => drop(held.insert(app.name.clone(), app)),
                 Some(Change::Removed(name)) => drop(held.remove(&name)),
+                Some(Change::Nodes(_)) => {}
                 Some(Change::Synced) => return Ok((client, held)),
                 None => return Err(ClientError::Closed),
             }

@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use super::stored::Stored;
 use crate::{
     app::{App, AppName, HostPattern},
+    compute::Nodes,
     mirror::{Mirror, is_mishap, unix_ms},
     store::{Change, StoreError},
     transition::AppRecord,
@@ -50,6 +51,10 @@ impl State {
 
     pub(super) fn list(&self) -> Vec<(Arc<App>, Arc<AppRecord>)> {
         self.mirror.entries().map(|e| (Arc::clone(&e.app), Arc::clone(&e.record))).collect()
+    }
+
+    pub(super) fn nodes(&self) -> Nodes {
+        self.mirror.nodes()
     }
 
     pub(super) fn watch(&mut self) -> mpsc::Receiver<Change> {

@@ -147,6 +147,7 @@ impl Client {
                 let change = match reply {
                     Reply::Put { app, record } => Change::Put { app, record },
                     Reply::Removed { app } => Change::Removed(app),
+                    Reply::Nodes { nodes } => Change::Nodes(nodes),
                     Reply::Synced => Change::Synced,
                     other => {
                         tracing::warn!(?other, "the watch of the launcher ended");

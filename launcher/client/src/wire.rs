@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use cmdb::{App, AppName, AppRecord, Generation, Outcome, Transition};
+use cmdb::{App, AppName, AppRecord, Generation, Outcome, Transition, compute::Nodes};
 use serde::{Deserialize, Serialize};
 
 use crate::usage::{Span, Traffic, Usage};
@@ -252,6 +252,11 @@ pub enum Reply {
         /// Which.
         app: AppName,
     },
+    /// The hosts are these from now on.
+    Nodes {
+        /// All of them, by name.
+        nodes: Nodes,
+    },
     /// All that was there has been sent.
     Synced,
     /// A transition's outcome.
@@ -289,6 +294,9 @@ pub struct Refusal {
     pub message: String,
     /// When it makes sense to try again, ms from now.
     pub retry_after_ms: Option<u64>,
+    /// Which host has what was asked for ([`RefusalCode::Elsewhere`]).
+    #[serde(default)]
+    pub elsewhere: Option<String>,
 }
 
 /// Kinds of [`Refusal`].
@@ -307,6 +315,8 @@ pub enum RefusalCode {
     Backoff,
     /// The host has no room, or the launcher is ending.
     Busy,
+    /// Another host has an instance, or is starting one: [`Refusal::elsewhere`].
+    Elsewhere,
     /// This peer may not ask that.
     Forbidden,
     /// The packet makes no sense, or speaks another version.
@@ -507,7 +517,7 @@ impl Refusal {
     /// A refusal without a time to try again.
     #[must_use]
     pub fn new(code: RefusalCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), retry_after_ms: None }
+        Self { code, message: message.into(), retry_after_ms: None, elsewhere: None }
     }
 }
 
@@ -522,6 +532,7 @@ impl RefusalCode {
             Self::StartTimeout => "start-timeout",
             Self::Backoff => "backoff",
             Self::Busy => "busy",
+            Self::Elsewhere => "elsewhere",
             Self::Forbidden => "forbidden",
             Self::BadRequest => "bad-request",
             Self::Internal => "internal",

@@ -115,6 +115,7 @@ impl Peer {
             let reply = match change {
                 Some(Change::Put { app, record }) => Reply::Put { app, record },
                 Some(Change::Removed(app)) => Reply::Removed { app },
+                Some(Change::Nodes(nodes)) => Reply::Nodes { nodes },
                 Some(Change::Synced) => Reply::Synced,
                 None => Reply::Error(Refusal::new(
                     RefusalCode::Busy,
@@ -395,6 +396,7 @@ fn gone(app: &AppName) -> Refusal {
 fn store_refusal(error: &StoreError) -> Refusal {
     let code = match error {
         StoreError::UnknownApp(_) => RefusalCode::UnknownApp,
+        StoreError::OneHost | StoreError::UnknownNode(_) => RefusalCode::BadRequest,
         StoreError::DuplicateName { .. } => RefusalCode::BadRequest,
         StoreError::Unavailable(_) | StoreError::Corrupt { .. } => RefusalCode::Internal,
     };

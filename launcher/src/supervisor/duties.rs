@@ -140,6 +140,7 @@ impl Supervisor {
                 start_timeout_ms: self.start_timeout_ms(),
                 max: self.app.scale.max,
                 replacing: true,
+                lost: self.host.lost(),
             };
             match self.apply(transition).await {
                 Ok(Outcome::Own(generation)) => {
@@ -167,6 +168,7 @@ impl Supervisor {
                 start_timeout_ms: self.start_timeout_ms(),
                 max: self.app.scale.max,
                 replacing: false,
+                lost: self.host.lost(),
             };
             match self.apply(transition).await {
                 Ok(Outcome::Own(generation)) => self.launch(generation, None, "scale.min"),

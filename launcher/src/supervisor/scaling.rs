@@ -216,6 +216,7 @@ impl Supervisor {
             start_timeout_ms: self.start_timeout_ms(),
             max: self.app.scale.max,
             replacing: false,
+            lost: self.host.lost(),
         };
         match self.apply(transition).await {
             Ok(Outcome::Own(generation)) => {
