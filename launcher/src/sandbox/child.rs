@@ -25,7 +25,7 @@ pub(super) struct Inheritance<'a> {
     pub(super) cgroup_tasks: Vec<OwnedFd>,
     pub(super) stdout: OwnedFd,
     pub(super) stderr: OwnedFd,
-    pub(super) userns: BorrowedFd<'a>,
+    pub(super) userns: OwnedFd,
     pub(super) filters: &'static Filters,
     /// Whether the launcher, and so far the child, is protected from the out-of-memory killer.
     pub(super) protected: bool,
@@ -60,7 +60,7 @@ fn prepare(given: Inheritance<'_>, reporter: &Reporter, steps: &mut Steps<'_>) -
 
     // The root, put together where only this mount namespace sees it.
     steps.run("make mounts private", root::make_mounts_private)?;
-    let volumes = steps.run("open volumes", || volumes::open(plan, given.userns))?;
+    let volumes = steps.run("open volumes", || volumes::open(plan, given.userns.as_fd()))?;
     let staging = steps.run("mount staging", || Staging::mount(plan))?;
     steps.run("attach layers", || staging.attach_layers(&given.layers))?;
     steps.run("provide files", || {
@@ -96,7 +96,7 @@ fn prepare(given: Inheritance<'_>, reporter: &Reporter, steps: &mut Steps<'_>) -
     })?;
 
     // Power goes, in the order in which each part can still be given up.
-    steps.run("enter user namespace", || process::enter_user_namespace(given.userns))?;
+    steps.run("enter user namespace", || process::enter_user_namespace(given.userns.as_fd()))?;
     steps.run("limit capabilities", || process::limit_capabilities(&account))?;
     steps.run("become user", || process::become_user(&account))?;
     steps.run("drop capabilities", || process::drop_capabilities(&account))?;
@@ -116,10 +116,16 @@ fn prepare(given: Inheritance<'_>, reporter: &Reporter, steps: &mut Steps<'_>) -
 }
 
 impl Inheritance<'_> {
+    /// Before anything is opened or dropped: until then all descriptors are the parent's as well.
+    pub(super) fn own(&self, reporter: &Reporter) -> Result<(), Failure> {
+        let last = self.descriptors(reporter).into_iter().max().unwrap_or(2);
+        Ok(sys::own_descriptors(last)?)
+    }
+
     fn descriptors(&self, reporter: &Reporter) -> Vec<RawFd> {
         let lists = [&self.layers, &self.cgroup_tasks];
         let mut all: Vec<RawFd> = lists.into_iter().flatten().map(AsRawFd::as_raw_fd).collect();
-        let single = [self.stdout.as_fd(), self.stderr.as_fd(), self.userns, reporter.as_fd()];
+        let single = [self.stdout.as_fd(), self.stderr.as_fd(), self.userns.as_fd(), reporter.as_fd()];
         all.extend(single.iter().map(AsRawFd::as_raw_fd));
         all.extend([&self.hosts, &self.gate].into_iter().flatten().map(AsRawFd::as_raw_fd));
         all

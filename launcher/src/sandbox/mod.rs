@@ -26,9 +26,15 @@ mod volumes;
 
 pub use plan::{ContainerId, Fault, NetworkPlan, Plan, PlanFds, StepError, StepTiming, VolumePlan};
 pub use report::Report;
-pub use start::{Started, start};
+pub use start::{Lent, Started, start};
 pub use step::STEPS;
 pub use userns::{IDS, UserNs};
+
+/// Moves a descriptor that is held for long out of the way of those of a creation: see [`Started::lent`].
+#[must_use]
+pub fn shelve(fd: std::os::fd::OwnedFd) -> std::os::fd::OwnedFd {
+    sys::shelve(fd)
+}
 
 /// Marks every descriptor but the standard three close-on-exec.
 ///

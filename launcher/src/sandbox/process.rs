@@ -5,10 +5,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use capctl::caps::{Cap, CapSet, CapState, ambient, bounding};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rustix::fs::{Gid, Mode, OFlags, Uid};
+use rustix::mount::MountAttrFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::{DumpableBehavior, Signal};
 use rustix::thread::LinkNameSpaceType;
 
+use super::mount;
 use super::plan::Plan;
 use super::step::{About, Failure};
 use super::sys;
@@ -71,11 +73,13 @@ pub(super) fn reset_oom_score(protected: bool) -> Result<(), Failure> {
 }
 
 /// Lets programs without privileges bind ports below 1024: the network namespace is not owned by the container's
-/// user namespace, so no capability of the container would. Written through the host's `/proc`, which shows the
-/// writer's own network namespace, before any other `/proc` is there.
+/// user namespace, so no capability of the container would. Written through a `/proc` that nobody else sees: in the
+/// host's the kernel keeps a setting of every network namespace under one name, and goes through all of them.
 pub(super) fn write_sysctls() -> Result<(), Failure> {
-    let path = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
-    let file = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()).about(path)?;
+    let path = "sys/net/ipv4/ip_unprivileged_port_start";
+    let proc = mount::new_file_system("proc", &[], MountAttrFlags::empty())?;
+    let file =
+        rustix::fs::openat(&proc, path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()).about(path)?;
     rustix::io::write(&file, b"0").about(path)?;
     Ok(())
 }

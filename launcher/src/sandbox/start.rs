@@ -29,8 +29,16 @@ pub struct Started {
     pub pid: i32,
     /// Refers to the first process; readable when it has ended. Close-on-exec.
     pub pidfd: OwnedFd,
-    /// A blocking `SOCK_SEQPACKET` on which [`super::Report`]s arrive; it ends at exec. Close-on-exec.
+    /// A blocking `SOCK_SEQPACKET` on which [`super::Report`]s arrive; it ends at exec, if `lent` has been dropped. Close-on-exec.
     pub report: OwnedFd,
+    /// To be dropped when the first report has come or the process has ended.
+    pub lent: Lent,
+}
+
+/// What parent and child share until the child has descriptors of its own.
+#[derive(Debug)]
+pub struct Lent {
+    _descriptors: Vec<OwnedFd>,
 }
 
 /// Builds everything up to the clone, clones, and returns without waiting for the child.
@@ -54,14 +62,23 @@ pub fn start(plan: &Plan, fds: PlanFds, userns: &UserNs) -> Result<Started, Step
         pair.about("socketpair")
     })?;
 
+    // The one that is kept has a high number; see `sys::own_descriptors`.
+    let userns = userns.fd.try_clone().map_err(|error| Failure::from(error).at("clone"))?;
+
     steps.fail_on_purpose("clone", false)?;
-    let flags = u64::try_from(NAMESPACES).unwrap_or(0) | sys::CLONE_CLEAR_SIGHAND;
+    // Sharing descriptors at first: of the parent's thousands the child is to have a dozen.
+    let flags = u64::try_from(NAMESPACES | libc::CLONE_FILES).unwrap_or(0) | sys::CLONE_CLEAR_SIGHAND;
     let cloned = sys::clone3(flags, libc::SIGCHLD, fds.cgroup_dir.as_ref().map(AsFd::as_fd));
-    match cloned.map_err(|error| Failure::from(error).at("clone"))? {
-        Cloned::Parent { pid, pidfd } => Ok(Started { pid, pidfd, report }),
+    let cloned = cloned.map_err(|error| Failure::from(error).at("clone"))?;
+    let PlanFds { cgroup_tasks, gate, stdout, stderr, cgroup_dir, layers: folders, .. } = fds;
+    match cloned {
+        Cloned::Parent { pid, pidfd } => {
+            let lists = [layers, cgroup_tasks, folders, vec![stdout, stderr, userns, reporter]];
+            let single = [hosts, gate, cgroup_dir];
+            let lent = lists.into_iter().flatten().chain(single.into_iter().flatten()).collect();
+            Ok(Started { pid, pidfd: sys::shelve(pidfd), report, lent: Lent { _descriptors: lent } })
+        }
         Cloned::Child => {
-            let PlanFds { cgroup_tasks, gate, stdout, stderr, .. } = fds;
-            let userns = userns.fd.as_fd();
             let given = Inheritance {
                 plan,
                 layers,
@@ -74,7 +91,12 @@ pub fn start(plan: &Plan, fds: PlanFds, userns: &UserNs) -> Result<Started, Step
                 filters,
                 protected,
             };
-            run_child(given, &Reporter::new(reporter), steps)
+            let reporter = Reporter::new(reporter);
+            if let Err(error) = given.own(&reporter) {
+                reporter.failed(error.at("own descriptors"));
+                sys::exit_now(FAILED);
+            }
+            run_child(given, &reporter, steps)
         }
     }
 }

@@ -49,7 +49,8 @@ pub(super) enum Cloned {
     },
 }
 
-/// Forks with namespaces. `flags` must not contain `CLONE_VM`, `CLONE_FILES` or `CLONE_PIDFD` (added here).
+/// Forks with namespaces. `flags` must not contain `CLONE_VM` or `CLONE_PIDFD` (added here). With `CLONE_FILES` the child must
+/// neither open nor close (drop) a descriptor before it has called [`own_descriptors`].
 ///
 /// The caller must be single-threaded: the child has a copy of memory in which a lock of another thread would stay
 /// locked for ever.
@@ -110,6 +111,23 @@ pub(super) fn mount_setattr(mount: BorrowedFd<'_>, attr: MountAttr) -> io::Resul
 pub(super) fn close_on_exec_from(first: u32) -> io::Result<()> {
     // SAFETY: this changes only the close-on-exec mark of descriptors, which owners do not rely on.
     check(unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) })
+}
+
+/// First number of the descriptors that the caller holds for long; those of a creation under way are below, so that a child
+/// that [owns](own_descriptors) only these copies few.
+const SHELF: RawFd = 1024;
+
+/// Moves a descriptor that is held for long to the numbers from [`SHELF`] on, if this process may have so many.
+pub(super) fn shelve(fd: OwnedFd) -> OwnedFd {
+    rustix::io::fcntl_dupfd_cloexec(&fd, SHELF).unwrap_or(fd)
+}
+
+/// Ends the sharing of descriptors with the parent (`CLONE_FILES`): the child has copies of those up to `last` from now on,
+/// and none of the thousands above, which would take a millisecond to copy and to close.
+pub(super) fn own_descriptors(last: RawFd) -> io::Result<()> {
+    let first = u32::try_from(last).map_or(0, |last| last.saturating_add(1));
+    // SAFETY: only this process's new table loses descriptors; nothing in this process uses or drops those above `last`.
+    check(unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_UNSHARE) })
 }
 
 /// Closes every descriptor above 2 except those `kept`.

@@ -38,7 +38,8 @@ fn create(id_base: u32) -> Result<UserNs, Failure> {
     if id_base < IDS || id_base.checked_add(IDS).is_none() {
         return Err(Failure::new(libc::EINVAL, format!("ids from {id_base}")));
     }
-    let flags = libc::CLONE_NEWUSER as u64 | sys::CLONE_CLEAR_SIGHAND;
+    // It uses no descriptor, so it needs no copy of them.
+    let flags = (libc::CLONE_NEWUSER | libc::CLONE_FILES) as u64 | sys::CLONE_CLEAR_SIGHAND;
     // No exit signal: the child is ours alone, and a caller that waits for its containers never meets it.
     match sys::clone3(flags, 0, None).about("clone3")? {
         Cloned::Child => pause_until_killed(),
@@ -47,7 +48,7 @@ fn create(id_base: u32) -> Result<UserNs, Failure> {
             let ended = pidfd_send_signal(&pidfd, rustix::process::Signal::KILL).about("kill");
             let reaped =
                 waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::__WALL).about("reap");
-            let fd = fd?;
+            let fd = sys::shelve(fd?);
             ended?;
             reaped?;
             Ok(UserNs { fd, id_base })

@@ -8,7 +8,7 @@ use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 
 use super::wire::{Exit, Listening, Present};
 use crate::sandbox::notify::Listener;
-use crate::sandbox::{ContainerId, StepError, StepTiming};
+use crate::sandbox::{ContainerId, Lent, StepError, StepTiming};
 
 pub(super) struct Container {
     pub(super) id: ContainerId,
@@ -16,6 +16,8 @@ pub(super) struct Container {
     pub(super) pidfd: OwnedFd,
     /// The first process's reports, until exec.
     pub(super) report: Option<OwnedFd>,
+    /// Until its first report.
+    pub(super) lent: Option<Lent>,
     pub(super) notify: Option<Listener>,
     pub(super) port: Option<u16>,
     pub(super) timings: Option<Vec<StepTiming>>,
@@ -38,6 +40,7 @@ impl Container {
             pid,
             pidfd,
             report: None,
+            lent: None,
             notify: None,
             port,
             timings: None,

@@ -15,7 +15,7 @@ use super::listen;
 use super::peer::Peer;
 use super::wire::{self, Event, FdCounts, Listening, Request, monotonic_us};
 use crate::sandbox::notify::Listener;
-use crate::sandbox::{ContainerId, Plan, Report, StepError, UserNs, start};
+use crate::sandbox::{self, ContainerId, Plan, Report, StepError, UserNs, start};
 
 /// With neither a daemon nor a container the spawner waits so long for a daemon, then it ends.
 const LONELY: Duration = Duration::from_secs(5);
@@ -214,8 +214,9 @@ impl Server {
             tracing::error!(%errno, "a report socket cannot be made non-blocking");
         }
         container.report = Some(started.report);
+        container.lent = Some(started.lent);
         container.note.clone_from(&plan.note);
-        container.outputs = outputs;
+        container.outputs = outputs.into_iter().map(sandbox::shelve).collect();
         Ok(container)
     }
 
@@ -257,8 +258,13 @@ impl Server {
             let Some(container) = self.containers.get_mut(&key) else { return };
             let Some(report) = &container.report else { return };
             let id = container.id.clone();
-            match Report::recv(report.as_fd()) {
+            let heard = Report::recv(report.as_fd());
+            if !matches!(&heard, Err(error) if error.kind() == io::ErrorKind::WouldBlock) {
+                container.lent = None;
+            }
+            match heard {
                 Ok(Some(Report::Notify(fd))) => {
+                    let fd = sandbox::shelve(fd);
                     let token = epoll::EventData::new_u64(key * KINDS + NOTIFY);
                     if let Err(error) = epoll::add(&self.epoll, &fd, token, epoll::EventFlags::IN) {
                         tracing::error!(%error, "a container's calls cannot be watched");
@@ -349,6 +355,10 @@ impl Server {
     }
 
     fn ended(&mut self, key: u64) {
+        if let Some(container) = self.containers.get_mut(&key) {
+            // It may have ended without a word.
+            container.lent = None;
+        }
         self.reports(key);
         let Some(container) = self.containers.get_mut(&key) else { return };
         let exit = match container.reap() {

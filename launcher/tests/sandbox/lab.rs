@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use launcher::sandbox::{
-    ContainerId, Plan, PlanFds, Report, StepError, StepTiming, UserNs, VolumePlan, start,
+    ContainerId, Plan, PlanFds, Report, Started, StepError, StepTiming, UserNs, VolumePlan, start,
 };
 use rustix::event::{PollFd, PollFlags, poll};
 use tempfile::TempDir;
@@ -211,7 +211,7 @@ impl Container {
             Ok(started) => started,
             Err(error) => return Outcome { error: Some(error), ..Outcome::default() },
         };
-        let outcome = watch(began, started.report, stdout, stderr, started.pidfd.as_fd());
+        let outcome = watch(began, started, stdout, stderr);
         assert!(
             fs::read_dir(self.staging.path()).unwrap().next().is_none(),
             "the staging directory stays empty"
@@ -221,7 +221,9 @@ impl Container {
 }
 
 /// Follows a container to its end, in one thread.
-fn watch(began: Instant, report: OwnedFd, out: OwnedFd, err: OwnedFd, pidfd: BorrowedFd<'_>) -> Outcome {
+fn watch(began: Instant, started: Started, out: OwnedFd, err: OwnedFd) -> Outcome {
+    let Started { pidfd, report, lent, .. } = started;
+    let mut lent = Some(lent);
     let mut outcome = Outcome::default();
     let mut report = Some(report);
     let mut listener: Option<OwnedFd> = None;
@@ -229,7 +231,7 @@ fn watch(began: Instant, report: OwnedFd, out: OwnedFd, err: OwnedFd, pidfd: Bor
     let mut texts = [Vec::new(), Vec::new()];
     while report.is_some() || streams.iter().any(Option::is_some) {
         if began.elapsed() > PATIENCE {
-            rustix::process::pidfd_send_signal(pidfd, rustix::process::Signal::KILL).unwrap();
+            rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL).unwrap();
         }
         let sources = [report.as_ref().map(AsFd::as_fd), listener.as_ref().map(AsFd::as_fd)];
         let sources =
@@ -237,6 +239,7 @@ fn watch(began: Instant, report: OwnedFd, out: OwnedFd, err: OwnedFd, pidfd: Bor
         let sources: Vec<Option<BorrowedFd<'_>>> = sources.collect();
         let ready = wait_for(&sources);
         if ready[0] {
+            drop(lent.take());
             match Report::recv(report.as_ref().unwrap().as_fd()).unwrap() {
                 Some(Report::Notify(fd)) => listener = Some(fd),
                 Some(Report::NoNotify) => outcome.no_notify = true,
@@ -266,7 +269,7 @@ fn watch(began: Instant, report: OwnedFd, out: OwnedFd, err: OwnedFd, pidfd: Bor
         }
     }
     [outcome.stdout, outcome.stderr] = texts.map(|text| String::from_utf8_lossy(&text).into_owned());
-    outcome.code = reap(pidfd);
+    outcome.code = reap(pidfd.as_fd());
     outcome
 }
 
