@@ -71,7 +71,12 @@ enum Cold {
     Freeze(String),
     /// Left alone until php-fpm's master has no children.
     Childless(u32),
+    /// Left alone until nothing runs this program.
+    Gone(PathBuf),
 }
+
+/// Where Debian has Passenger for Apache.
+const PASSENGER: &str = "/usr/lib/apache2/modules/mod_passenger.so";
 
 /// Processes that end with this; in the order in which they were started.
 #[derive(Default)]
@@ -181,6 +186,7 @@ impl Peer {
             Cold::Childless(master) => {
                 wait_for("without children", || Ok(children(*master).is_empty()))?;
             }
+            Cold::Gone(program) => wait_for("without its app", || Ok(!runs(program)))?,
         }
         let (status, ms) = self.get()?;
         self.failed += u64::from(status != 200);
@@ -214,6 +220,14 @@ fn children(pid: u32) -> Vec<String> {
     names
         .filter(|name| fs::read_to_string(format!("/proc/{name}/stat")).is_ok_and(|stat| is_child(&stat)))
         .collect()
+}
+
+/// Whether some process runs the program.
+fn runs(program: &Path) -> bool {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .into_iter()
+        .any(|process| fs::read_link(process.path().join("exe")).is_ok_and(|exe| exe == program))
 }
 
 /// Those that are installed, started; of the others a note is made.
@@ -282,15 +296,43 @@ fn others(
         staff.hire(Command::new(haproxy).arg("-db").arg("-f").arg(&file))?;
         peers.push(Peer::new("HAProxy, static", target(ports[3]), Cold::Never));
     }
-    for (name, found) in
-        [("nginx", nginx.is_some()), ("php-fpm", fpm.is_some()), ("haproxy", haproxy.is_some())]
-    {
+    let apache = find("apache2", &["/usr/sbin/apache2"]).filter(|_| Path::new(PASSENGER).is_file());
+    if let Some(apache) = &apache {
+        let program = folder.join("passenger").join("hello");
+        fs::create_dir_all(folder.join("passenger/public"))?;
+        // A copy, so that its processes can be told from those of the others.
+        fs::copy(root.join(&plan.program), &program)?;
+        let file = folder.join("passenger.conf");
+        fs::write(&file, passenger(folder, ports[4]))?;
+        staff.hire(Command::new(apache).args(["-D", "FOREGROUND", "-f"]).arg(&file))?;
+        peers.push(Peer::new("Passenger, static", target(ports[4]), Cold::Gone(program)));
+    }
+    let found = [
+        ("nginx", nginx.is_some()),
+        ("php-fpm", fpm.is_some()),
+        ("haproxy", haproxy.is_some()),
+        ("Passenger (libapache2-mod-passenger)", apache.is_some()),
+    ];
+    for (name, found) in found {
         if !found {
             notes.push(format!("{name} is not installed here, and was left out"));
         }
     }
-    notes.push("Passenger is not compared yet".to_owned());
     Ok(peers)
+}
+
+/// Apache with Passenger, which starts the same program when somebody asks for it and ends it a second later.
+fn passenger(folder: &Path, port: u16) -> String {
+    let modules = "/usr/lib/apache2/modules";
+    format!(
+        "ServerRoot {0}\nServerName peer.test\nListen 127.0.0.1:{port}\nPidFile {0}/apache.pid\nErrorLog {0}/apache.err\nUser www-data\nGroup www-data\n\
+         LoadModule mpm_event_module {modules}/mod_mpm_event.so\nLoadModule authz_core_module {modules}/mod_authz_core.so\n\
+         LoadModule passenger_module {PASSENGER}\nPassengerRoot /usr/lib/ruby/vendor_ruby/phusion_passenger/locations.ini\n\
+         PassengerInstanceRegistryDir {0}/passenger\nPassengerDisableSecurityUpdateCheck on\nPassengerDisableAnonymousTelemetry on\n\
+         PassengerMinInstances 0\nPassengerPoolIdleTime 1\nDocumentRoot {0}/passenger/public\nPassengerAppRoot {0}/passenger\n\
+         PassengerAppStartCommand \"env PORT=$PORT {0}/passenger/hello\"\n<Directory {0}/passenger/public>\nRequire all granted\n</Directory>\n",
+        folder.display()
+    )
 }
 
 impl Staff {
@@ -309,12 +351,12 @@ fn find(name: &str, usual: &[&str]) -> Option<PathBuf> {
     in_path.chain(usual.iter().map(PathBuf::from)).find(|path| path.is_file())
 }
 
-/// Four that nobody listens on now.
-fn free_ports() -> anyhow::Result<[u16; 4]> {
-    let start = 18_000 + u16::try_from(std::process::id() % 500)? * 4;
+/// Five that nobody listens on now.
+fn free_ports() -> anyhow::Result<[u16; 5]> {
+    let start = 18_000 + u16::try_from(std::process::id() % 500)? * 5;
     let mut free = (start..start + 400).filter(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok());
     let mut next = || free.next().context("no port is free");
-    Ok([next()?, next()?, next()?, next()?])
+    Ok([next()?, next()?, next()?, next()?, next()?])
 }
 
 fn median(values: &[f64]) -> Option<f64> {
