@@ -132,10 +132,12 @@ impl Mirror {
         Arc::clone(&self.nodes)
     }
 
-    /// The hosts are these from now on.
-    pub(crate) fn set_nodes(&mut self, nodes: Nodes) {
+    /// The hosts are these from now on; watchers are told what is `noticeable`.
+    pub(crate) fn set_nodes(&mut self, nodes: Nodes, noticeable: bool) {
         self.nodes = Arc::clone(&nodes);
-        self.publish(&Change::Nodes(nodes));
+        if noticeable {
+            self.publish(&Change::Nodes(nodes));
+        }
     }
 
     /// The app's instances are so from now on. Nothing happens when there is no such app.

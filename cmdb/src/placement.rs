@@ -42,8 +42,10 @@ pub fn home<'a>(app: &AppName, nodes: &'a [Node]) -> Option<&'a Node> {
 fn rank(app: &App, record: &AppRecord, node: &Node) -> (usize, bool, Reverse<u64>, Reverse<u64>) {
     let of_app =
         record.instances.values().filter(|i| i.node == node.name() && i.state != State::Draining).count();
-    let lacks = node.load.free_memory < needed(app);
-    (of_app, lacks, Reverse(room(node)), Reverse(score(&app.name, node.name())))
+    let (cpu, memory) = parts(node);
+    // In parts as well, for all askers must agree: two heartbeats lie on the same side of most apps' needs.
+    let lacks = node.compute.memory / PARTS * memory < needed(app);
+    (of_app, lacks, Reverse(cpu.min(memory)), Reverse(score(&app.name, node.name())))
 }
 
 /// Memory that a start should find free: a quarter of the limit, for few apps use all of theirs.
@@ -51,12 +53,12 @@ fn needed(app: &App) -> u64 {
     app.resources.memory.0 / 4
 }
 
-/// The scarcer of the two, in [`PARTS`] of the whole.
-fn room(node: &Node) -> u64 {
+/// CPU and memory that it has left, in [`PARTS`] of the whole.
+pub(crate) fn parts(node: &Node) -> (u64, u64) {
     let part =
         |free: u64, whole: u64| free.saturating_mul(PARTS).checked_div(whole).unwrap_or(PARTS).min(PARTS);
-    part(u64::from(node.load.free_cpu), u64::from(node.compute.cpu))
-        .min(part(node.load.free_memory, node.compute.memory))
+    let cpu = part(u64::from(node.load.free_cpu), u64::from(node.compute.cpu));
+    (cpu, part(node.load.free_memory, node.compute.memory))
 }
 
 fn has_instance(record: &AppRecord, node: &str) -> bool {

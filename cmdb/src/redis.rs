@@ -12,6 +12,8 @@ mod address;
 mod commands;
 mod dirty;
 mod follow;
+mod heartbeats;
+mod hosts;
 mod state;
 mod stored;
 
@@ -28,7 +30,7 @@ use tokio::{
 
 use crate::{
     app::{App, AppName},
-    compute::Nodes,
+    compute::{Compute, Load, Nodes},
     fingerprint::fnv1a,
     store::{Change, Store, StoreError},
     transition::{AppRecord, Outcome, Transition},
@@ -36,6 +38,7 @@ use crate::{
 use address::Address;
 pub use address::AddressError;
 use commands::{Commands, Swap, Swapped};
+use hosts::Hosts;
 use state::State;
 use stored::Stored;
 
@@ -67,12 +70,13 @@ pub enum Role {
 #[derive(Debug)]
 pub struct RedisStore {
     shared: Arc<Shared>,
-    follower: JoinHandle<()>,
+    followers: [JoinHandle<()>; 2],
 }
 
 #[derive(Debug)]
 struct Shared {
     commands: Commands,
+    hosts: Hosts,
     role: Role,
     state: Mutex<State>,
     link: watch::Sender<Link>,
@@ -103,14 +107,18 @@ impl RedisStore {
     pub fn open(address: &str, role: Role, budget: Duration) -> Result<Self, AddressError> {
         let shared = Arc::new(Shared {
             commands: Commands::new(Address::parse(address)?, budget),
+            hosts: Hosts::new(Address::parse(address)?),
+            state: Mutex::new(State::new(role.node())),
             role,
-            state: Mutex::default(),
             link: watch::Sender::default(),
             untold: Notify::new(),
             turns: (0..TURNS).map(|_| tokio::sync::Mutex::default()).collect(),
         });
-        let follower = tokio::spawn(follow::follow(Arc::clone(&shared)));
-        Ok(Self { shared, follower })
+        let followers = [
+            tokio::spawn(follow::follow(Arc::clone(&shared))),
+            tokio::spawn(hosts::follow(Arc::clone(&shared))),
+        ];
+        Ok(Self { shared, followers })
     }
 
     /// Follows how the mirror stands to Redis.
@@ -122,7 +130,7 @@ impl RedisStore {
 
 impl Drop for RedisStore {
     fn drop(&mut self) {
-        self.follower.abort();
+        self.followers.iter().for_each(JoinHandle::abort);
     }
 }
 
@@ -177,8 +185,30 @@ impl Store for RedisStore {
         self.shared.lock().list()
     }
 
+    /// Acknowledged by Redis when it returns. While Redis is away this host is known at least to its own process.
+    async fn beat(&self, compute: &Compute, load: Load) -> Result<(), StoreError> {
+        self.shared.beat(compute, load).await
+    }
+
+    async fn set_draining(&self, node: &str, draining: bool) -> Result<(), StoreError> {
+        self.shared.set_draining(node, draining).await
+    }
+
+    async fn forget_node(&self, node: &str) -> Result<(), StoreError> {
+        self.shared.forget_node(node).await
+    }
+
     fn nodes(&self) -> Nodes {
         self.shared.lock().nodes()
+    }
+}
+
+impl Role {
+    fn node(&self) -> Option<&str> {
+        match self {
+            Self::Node(node) => Some(node),
+            Self::Reader | Self::Configurer => None,
+        }
     }
 }
 
@@ -195,10 +225,7 @@ impl Shared {
     }
 
     fn node(&self) -> Option<&str> {
-        match &self.role {
-            Role::Node(node) => Some(node),
-            Role::Reader | Role::Configurer => None,
-        }
+        self.role.node()
     }
 
     async fn apply(

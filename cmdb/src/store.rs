@@ -44,6 +44,11 @@ pub trait Store: std::fmt::Debug + Send + Sync + 'static {
         Err(StoreError::OneHost)
     }
 
+    /// Deletes what is known of a host that is not alive and gives up its instances, for one that will not come back.
+    async fn forget_node(&self, _: &str) -> Result<(), StoreError> {
+        Err(StoreError::OneHost)
+    }
+
     /// Every host, as this process knows them now; no I/O. Empty where there is only one.
     fn nodes(&self) -> Nodes {
         Nodes::default()
@@ -84,6 +89,12 @@ pub enum StoreError {
     /// No such host.
     #[error("no host is called \"{0}\"")]
     UnknownNode(String),
+    /// It cannot be forgotten.
+    #[error("the host \"{0}\" is alive; drain it, end its launcher, then forget it")]
+    NodeAlive(String),
+    /// Two launchers run under one name, and each would end the other's instances.
+    #[error("another host uses the name \"{0}\" as well; give each its own (--node)")]
+    NodeTwice(String),
     /// What is stored cannot be read.
     #[error("the CMDB's record of \"{app}\" cannot be read: {reason}")]
     Corrupt {

@@ -106,6 +106,11 @@ pub enum Transition {
         /// Which.
         generation: Generation,
     },
+    /// Hosts are thought dead, or will not come back: their instances are given up.
+    GiveUp {
+        /// Which hosts.
+        lost: Vec<String>,
+    },
     /// Forget failures and back-off (the operator or a new configuration says so).
     ResetBackoff,
 }
@@ -139,7 +144,9 @@ impl AppRecord {
     /// Carries out `transition` at time `now_ms` (ms since the Unix epoch); on refusal the record is unchanged.
     pub fn apply(&mut self, transition: &Transition, now_ms: u64) -> Outcome {
         let given_up = match transition {
-            Transition::Wake { lost, .. } | Transition::Add { lost, .. } => self.give_up(lost),
+            Transition::Wake { lost, .. } | Transition::Add { lost, .. } | Transition::GiveUp { lost } => {
+                self.give_up(lost)
+            }
             _ => false,
         };
         let outcome = self.decide(transition, now_ms);
@@ -265,6 +272,8 @@ impl AppRecord {
                 }
                 None => Outcome::Fenced,
             },
+            // Done before anything is decided.
+            Transition::GiveUp { .. } => Outcome::Done,
             Transition::ResetBackoff => {
                 self.failures = 0;
                 self.backoff_until_ms = 0;

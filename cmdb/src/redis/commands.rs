@@ -41,6 +41,7 @@ pub(super) struct Commands {
     budget: Duration,
     connection: Mutex<Option<MultiplexedConnection>>,
     failures: AtomicU32,
+    breaks_after: u32,
 }
 
 /// What became of a [`Commands::swap`]. Times in ms since the Unix epoch, by the server's clock.
@@ -64,7 +65,13 @@ pub(super) struct Swap<'a> {
 
 impl Commands {
     pub(super) fn new(address: Address, budget: Duration) -> Self {
-        Self { address, budget, connection: Mutex::new(None), failures: AtomicU32::new(0) }
+        let (connection, failures) = (Mutex::new(None), AtomicU32::new(0));
+        Self { address, budget, connection, failures, breaks_after: BREAKS_AFTER }
+    }
+
+    /// Tries each command, however many have failed: for those for which no request waits.
+    pub(super) fn untiring(address: Address, budget: Duration) -> Self {
+        Self { breaks_after: u32::MAX, ..Self::new(address, budget) }
     }
 
     pub(super) fn address(&self) -> &Address {
@@ -129,7 +136,7 @@ impl Commands {
         &self,
         command: impl AsyncFnOnce(MultiplexedConnection) -> RedisResult<T>,
     ) -> Result<T, StoreError> {
-        if self.failures.load(Ordering::Relaxed) >= BREAKS_AFTER {
+        if self.failures.load(Ordering::Relaxed) >= self.breaks_after {
             return Err(StoreError::Unavailable("Redis has not answered lately".to_owned()));
         }
         let within_budget = timeout(self.budget, async { command(self.connection().await?).await }).await;

@@ -95,6 +95,8 @@ impl<'a> Session<'a> {
         self.read_all(restored).await?;
         *last = self.identity.clone();
         self.tell_untold().await;
+        // Before anybody learns that all is there; should it fail, they are looked at again at once by those who follow them.
+        let _ = self.shared.look_at_hosts().await;
         self.shared.commands.half_open();
         self.shared.link.send_replace(super::Link { filled: true, connected: true });
 

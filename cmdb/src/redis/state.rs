@@ -8,7 +8,10 @@ use std::{
 
 use tokio::sync::mpsc;
 
-use super::stored::Stored;
+use super::{
+    heartbeats::{Drain, Heartbeats, News},
+    stored::Stored,
+};
 use crate::{
     app::{App, AppName, HostPattern},
     compute::Nodes,
@@ -21,6 +24,8 @@ use crate::{
 #[derive(Debug, Default)]
 pub(super) struct State {
     mirror: Mirror,
+    /// Who is there.
+    pub(super) heartbeats: Heartbeats,
     /// What Redis holds, as far as is known; also of apps that were removed.
     known: HashMap<AppName, Stored>,
     /// Apps whose record here is ahead of what Redis holds, with the number of the last change.
@@ -45,6 +50,17 @@ pub(super) struct Untold {
 }
 
 impl State {
+    /// `own`: the host on which this process runs instances.
+    pub(super) fn new(own: Option<&str>) -> Self {
+        Self { heartbeats: Heartbeats::new(own.map(str::to_owned)), ..Self::default() }
+    }
+
+    /// The hosts are these. Returns what Redis has to be told of them.
+    pub(super) fn take_hosts(&mut self, news: News) -> Vec<(String, Drain)> {
+        self.mirror.set_nodes(news.nodes, news.noticeable);
+        news.forgotten
+    }
+
     pub(super) fn get(&self, app: &AppName) -> Option<(Arc<App>, Arc<AppRecord>)> {
         self.mirror.get(app).map(|e| (Arc::clone(&e.app), Arc::clone(&e.record)))
     }

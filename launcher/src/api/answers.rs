@@ -396,9 +396,13 @@ fn gone(app: &AppName) -> Refusal {
 fn store_refusal(error: &StoreError) -> Refusal {
     let code = match error {
         StoreError::UnknownApp(_) => RefusalCode::UnknownApp,
-        StoreError::OneHost | StoreError::UnknownNode(_) => RefusalCode::BadRequest,
+        StoreError::OneHost | StoreError::UnknownNode(_) | StoreError::NodeAlive(_) => {
+            RefusalCode::BadRequest
+        }
         StoreError::DuplicateName { .. } => RefusalCode::BadRequest,
-        StoreError::Unavailable(_) | StoreError::Corrupt { .. } => RefusalCode::Internal,
+        StoreError::Unavailable(_) | StoreError::Corrupt { .. } | StoreError::NodeTwice(_) => {
+            RefusalCode::Internal
+        }
     };
     Refusal::new(code, error.to_string())
 }
