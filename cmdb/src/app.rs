@@ -72,6 +72,9 @@ pub struct Volume {
     /// Most that the folder may hold; `None`: as much as the file system.
     #[serde(default)]
     pub quota: Option<Bytes>,
+    /// Whether no more than one instance at a time may have it, on whichever host.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub exclusive: bool,
 }
 
 /// `[resources]`.

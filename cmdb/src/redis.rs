@@ -121,6 +121,16 @@ impl RedisStore {
         Ok(Self { shared, followers })
     }
 
+    /// What was known when this process last ran, for a start while Redis cannot be reached: it is served, and what runs is
+    /// told to Redis, when it can. Does nothing once the mirror has been filled.
+    pub fn seed(&self, apps: Vec<Arc<App>>) {
+        let mut state = self.shared.lock();
+        if !self.shared.link.borrow().filled {
+            state.seed(apps);
+            self.shared.link.send_modify(|link| link.filled = true);
+        }
+    }
+
     /// Follows how the mirror stands to Redis.
     #[must_use]
     pub fn link(&self) -> watch::Receiver<Link> {

@@ -1,5 +1,7 @@
 //! The command line.
 
+mod among;
+
 use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -11,6 +13,9 @@ use cmdb::{
     units::{Bytes, Millicores},
 };
 use launcher_client::{GovernorMode, paths::DEFAULT_STATE};
+
+pub(crate) use among::{Among, Drain, Role, Uncordon, node_name};
+use among::{DRAIN, NODES, UNCORDON};
 
 const ABOUT: &str = "\
 FastContainer: web apps in containers that the first request wakes, in milliseconds.
@@ -69,6 +74,15 @@ pub(crate) enum Command {
     /// Show the apps and their instances
     #[command(after_help = PS)]
     Ps(Ps),
+    /// Show the hosts, what they have left, and whether they are there
+    #[command(after_help = NODES)]
+    Nodes,
+    /// Empty a host: its apps move to other hosts, and nothing new is placed there
+    #[command(after_help = DRAIN)]
+    Drain(Drain),
+    /// Let a host take apps again
+    #[command(after_help = UNCORDON)]
+    Uncordon(Uncordon),
     /// Show what happened, and follow what happens
     #[command(after_help = EVENTS)]
     Events(Events),
@@ -116,20 +130,22 @@ Logs go to stderr (RUST_LOG chooses how much). Must be run as root.
 Examples:
   sudo fastcontainer up
   sudo fastcontainer up --conf /etc/fastcontainer/conf.d --listen 0.0.0.0:80 --listen '[::]:80'
-  sudo fastcontainer up --state /tmp/try --listen 127.0.0.1:8090      a second one beside the first";
+  sudo fastcontainer up --state /tmp/try --listen 127.0.0.1:8090      a second one beside the first
+  sudo fastcontainer up --cmdb file:/etc/fastcontainer/cmdb --node web1 --dispatch 10.0.0.1:7070 \\
+    --cluster-key /etc/fastcontainer/cluster.key                      one of several hosts";
 
 /// `up`
 #[derive(Args, Debug)]
 pub(crate) struct Up {
-    /// Folder of vhost files, one per app
-    #[arg(long, value_name = "DIR", default_value = "conf.d")]
-    pub(crate) conf: PathBuf,
+    /// Folder of vhost files, one per app; conf.d by default. With --cmdb redis://… only a host that is given this option
+    /// brings configuration
+    #[arg(long, value_name = "DIR")]
+    pub(crate) conf: Option<PathBuf>,
     /// Address for HTTP; may be given several times
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8080")]
     pub(crate) listen: Vec<SocketAddr>,
-    /// Where the CMDB lives: `embedded` in the launcher
-    #[arg(long, value_name = "WHERE", default_value = "embedded", value_parser = ["embedded"])]
-    pub(crate) cmdb: String,
+    #[command(flatten)]
+    pub(crate) among: Among,
     /// Folder from which `[[volume]]` takes its folders; STATE/datapool if that is there
     #[arg(long, value_name = "DIR")]
     pub(crate) datapool: Option<PathBuf>,

@@ -10,6 +10,7 @@ mod images;
 mod launcher;
 mod logs;
 mod metrics;
+mod nodes;
 mod output;
 mod ps;
 mod table;
@@ -50,6 +51,9 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Check(options) => check::run(&options, &mut out)?,
         Command::Ps(options) => ps::run(global, options, &mut out).await?,
         Command::Events(options) => events::run(global, &options, &mut out).await?,
+        Command::Nodes => nodes::nodes(global, &mut out).await?,
+        Command::Drain(options) => nodes::drain(global, &options, &mut out).await?,
+        Command::Uncordon(options) => nodes::uncordon(global, &options, &mut out).await?,
         Command::Logs(options) => logs::run(global, options, &mut out).await?,
         Command::Wake(options) => control::wake(global, options, &mut out).await?,
         Command::Stop(options) => control::stop(global, options, &mut out).await?,

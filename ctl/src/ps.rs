@@ -107,6 +107,7 @@ fn colour(state: &str) -> Option<Style> {
 
 fn lines(statuses: &[Status], wide: bool) -> Vec<String> {
     use Align::{Left, Right};
+    let several = statuses.iter().any(|status| !status.node.is_empty());
     let mut titles = vec![
         ("APP", Left),
         ("GENERATION", Right),
@@ -129,7 +130,14 @@ fn lines(statuses: &[Status], wide: bool) -> Vec<String> {
             ("REASON", Left),
         ]);
     }
-    let rows: Vec<Vec<String>> = statuses.iter().map(|status| row(status, wide)).collect();
+    let mut rows: Vec<Vec<String>> = statuses.iter().map(|status| row(status, wide)).collect();
+    if several {
+        titles.insert(1, ("NODE", Left));
+        for (row, status) in rows.iter_mut().zip(statuses) {
+            let node = text::clean(&status.node);
+            row.insert(1, if node.is_empty() { "-".to_owned() } else { node.into_owned() });
+        }
+    }
     table::lines(&titles, &rows)
 }
 
@@ -208,6 +216,7 @@ mod tests {
         Status {
             app: "hello".parse().unwrap(),
             server_names: vec!["hello.localhost".into()],
+            node: String::new(),
             generation: Some(Generation(1_763_972_712_345)),
             state: "ready".into(),
             reason: String::new(),

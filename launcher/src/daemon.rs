@@ -10,8 +10,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use cmdb::{AppName, Generation, Store, embedded::EmbeddedStore};
-use launcher_client::{GovernorMode, paths::StateDir};
+use cmdb::{AppName, Generation, Store, compute::Compute};
+use launcher_client::{GovernorMode, home::Home, paths::StateDir};
 use nix::{
     fcntl::{Flock, FlockArg},
     libc::SIGKILL,
@@ -24,7 +24,7 @@ use tokio::{
 use crate::{
     api::{self, Identities},
     cgroup::Cgroups,
-    descent,
+    cluster, descent,
     events::Events,
     governor::{Governor, HostGauge},
     hooks::{self, Folder, Hooks},
@@ -53,6 +53,10 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 pub struct Config {
     /// Where everything is kept.
     pub state: StateDir,
+    /// Where the CMDB lives.
+    pub cmdb: Home,
+    /// What this host says of itself to others; how much it has is found out.
+    pub among: Compute,
     /// Name of the parent of all cgroups.
     pub cgroup_parent: String,
     /// Group that may reach the socket.
@@ -110,17 +114,16 @@ pub async fn run(config: Config) -> Result<Ended> {
         .await
         .context("the spawner cannot be started")?;
     let cgroups = Cgroups::detect(&config.cgroup_parent).context("control groups cannot be used")?;
-    let journal = config.state.launcher().join("cmdb.redb");
-    let store =
-        EmbeddedStore::open(&journal).with_context(|| format!("the CMDB's journal {}", journal.display()))?;
-    let adoptions = sort_leftovers(&spawner.keeper, spawner.present, &store);
+    let store = cluster::open(&config.cmdb, &config.among.name, &config.state.launcher()).await?;
+    let adoptions = sort_leftovers(&spawner.keeper, spawner.present, &*store);
     let events = Arc::new(Events::default());
     let path = config.state.launcher().join("ledger.redb");
     let ledger = Ledger::begin(&path, cgroups.clone(), Arc::clone(&events)).context("the ledger")?;
     clear_leftovers(&cgroups, &adoptions, &ledger).await;
     let host = Arc::new(Host::new(Parts {
-        node: node_name(),
-        store: Arc::new(store),
+        node: config.among.name.clone(),
+        several: config.cmdb != Home::Embedded,
+        store,
         keeper: spawner.keeper,
         cgroups: cgroups.clone(),
         images: ImageStore::new(&config.state.launcher().join("images"), image_options(&config))
@@ -133,7 +136,7 @@ pub async fn run(config: Config) -> Result<Ended> {
             cgroups: cgroups.clone(),
             ledger: ledger.clone(),
             events: Arc::clone(&events),
-            node: node_name(),
+            node: config.among.name.clone(),
         }),
         events,
         ledger,
@@ -158,6 +161,10 @@ pub async fn run(config: Config) -> Result<Ended> {
     tokio::spawn(outbound::keep(Arc::clone(&host)));
     tokio::spawn(route_events(Arc::clone(&host), spawner.events));
     adopt(&host, adoptions).await;
+    tokio::spawn(cluster::follow(Arc::clone(&host), config.state.launcher()));
+    if host.several {
+        tokio::spawn(cluster::beat(Arc::clone(&host), config.among));
+    }
 
     let path = config.state.launcher_socket();
     let listener = api::bind(&path, config.gid).context("the launcher's socket")?;
@@ -375,11 +382,4 @@ async fn end_everything(host: &Arc<Host>) {
 fn datapool(path: Option<&Path>) -> Result<Option<PathBuf>> {
     let absolute = |path| std::path::absolute(path).context("the DataPool's path");
     path.map(absolute).transpose()
-}
-
-fn node_name() -> String {
-    nix::unistd::gethostname()
-        .ok()
-        .and_then(|n| n.into_string().ok())
-        .unwrap_or_else(|| "localhost".to_owned())
 }

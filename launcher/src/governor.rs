@@ -166,6 +166,25 @@ impl Governor {
         lock(&self.inner).peaks.remove(app);
     }
 
+    /// Cores of the host.
+    #[must_use]
+    pub fn cores(&self) -> usize {
+        self.gauge.cores()
+    }
+
+    /// Memory that starts may take, bytes.
+    #[must_use]
+    pub fn free_memory(&self) -> u64 {
+        self.free(&lock(&self.inner))
+    }
+
+    /// Whether a start of that app would have to wait for memory now.
+    #[must_use]
+    pub fn lacks_memory(&self, app: &AppName, limit: u64) -> bool {
+        let inner = lock(&self.inner);
+        self.on && !self.gauge.has_free(self.taken(&inner, inner.need(app, limit)))
+    }
+
     /// How it is.
     #[must_use]
     pub fn figures(&self) -> Figures {

@@ -7,9 +7,10 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
-use cmdb::{App, AppName, Generation, InstanceId, Store};
+use cmdb::{App, AppName, Generation, InstanceId, Store, redis::DEAD_AFTER};
 use launcher_client::wire::{Refusal, RefusalCode};
 use tokio::sync::mpsc;
 
@@ -45,6 +46,8 @@ const ID_RANGES: u32 = 0x3fff;
 pub struct Host {
     /// This host's name in the CMDB.
     pub node: String,
+    /// The CMDB is that of several hosts.
+    pub several: bool,
     /// The CMDB.
     pub store: Arc<dyn Store>,
     /// Makes containers.
@@ -83,6 +86,12 @@ pub struct Host {
     pub overrides: Overrides,
     /// What is counted.
     pub metrics: Metrics,
+    /// When this daemon began, ms since the Unix epoch.
+    pub begun_unix_ms: u64,
+    /// When the heartbeat was sent that the CMDB acknowledged last; before the first one, when this daemon began.
+    heard: Mutex<Instant>,
+    /// Since when other hosts are thought dead.
+    lost_since: Mutex<HashMap<String, Instant>>,
     supervisors: Mutex<HashMap<AppName, mpsc::UnboundedSender<Message>>>,
     ids: Mutex<IdRanges>,
     ending: std::sync::atomic::AtomicBool,
@@ -108,6 +117,8 @@ struct IdRanges {
 pub struct Parts {
     /// See [`Host::node`].
     pub node: String,
+    /// See [`Host::several`].
+    pub several: bool,
     /// See [`Host::store`].
     pub store: Arc<dyn Store>,
     /// See [`Host::keeper`].
@@ -140,6 +151,10 @@ impl Host {
     pub fn new(parts: Parts) -> Self {
         Self {
             node: parts.node,
+            several: parts.several,
+            heard: Mutex::new(Instant::now()),
+            lost_since: Mutex::default(),
+            begun_unix_ms: crate::clock::unix_ms(),
             store: parts.store,
             keeper: parts.keeper,
             cgroups: parts.cgroups,
@@ -187,7 +202,39 @@ impl Host {
 
     /// Names of other hosts that are thought dead.
     pub fn lost(&self) -> Vec<String> {
-        cmdb::compute::lost(&self.store.nodes())
+        self.lost_for(Duration::ZERO)
+    }
+
+    /// Names of other hosts that have been thought dead for so long. A host that is itself not heard knows nothing of others,
+    /// and gives nobody up.
+    pub fn lost_for(&self, time: Duration) -> Vec<String> {
+        if !self.several || self.unheard_for() > DEAD_AFTER {
+            return Vec::new();
+        }
+        let mut lost = cmdb::compute::lost(&self.store.nodes());
+        let since = lock(&self.lost_since);
+        let long = |node: &String| time.is_zero() || since.get(node).is_some_and(|at| at.elapsed() >= time);
+        lost.retain(|node| *node != self.node && long(node));
+        lost
+    }
+
+    /// These are the hosts that are thought dead now.
+    pub fn are_lost(&self, lost: &[String]) {
+        let mut since = lock(&self.lost_since);
+        since.retain(|node, _| lost.contains(node));
+        for node in lost {
+            since.entry(node.clone()).or_insert_with(Instant::now);
+        }
+    }
+
+    /// The CMDB has acknowledged the heartbeat that was sent then.
+    pub fn heard_at(&self, sent: Instant) {
+        *lock(&self.heard) = sent;
+    }
+
+    /// How long the CMDB has acknowledged no heartbeat.
+    pub fn unheard_for(&self) -> Duration {
+        lock(&self.heard).elapsed()
     }
 
     /// Whether instances of `app` are to run though nobody asks for it.

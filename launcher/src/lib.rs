@@ -6,6 +6,7 @@ mod asyncfd;
 pub mod backlog;
 pub mod cgroup;
 mod clock;
+mod cluster;
 pub mod daemon;
 mod descent;
 pub mod events;

@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
     os::unix::process::CommandExt as _,
     path::PathBuf,
     process::{Command, ExitCode},
@@ -18,6 +20,7 @@ use launcher::{
 };
 use launcher_client::{
     GovernorMode,
+    home::{EMBEDDED, Home},
     paths::{COREAPI_UID, DEFAULT_STATE, GROUP_ID, PROXY_UID, StateDir},
 };
 
@@ -69,6 +72,8 @@ struct Arguments {
     insecure_registry: Vec<String>,
     #[command(flatten)]
     memory: Memory,
+    #[command(flatten)]
+    among: Among,
     /// Group that may reach the socket.
     #[arg(long, default_value_t = GROUP_ID)]
     gid: u32,
@@ -99,6 +104,26 @@ struct Memory {
     /// Read instead of /proc/pressure/memory. For tests.
     #[arg(long, hide = true, default_value = "/proc/pressure/memory")]
     memory_pressure: PathBuf,
+}
+
+/// This host among others.
+#[derive(Debug, clap::Args)]
+struct Among {
+    /// The CMDB of many hosts: redis://…, or file:PATH of a file that holds such an address. Without it there is one host.
+    #[arg(long, value_name = "WHERE", env = launcher_client::home::VARIABLE, hide_env_values = true, default_value = EMBEDDED)]
+    cmdb: String,
+    /// This host's name there; its host name by default.
+    #[arg(long, value_name = "NAME", value_parser = node_name)]
+    node: Option<String>,
+    /// Where its dispatcher takes requests from the edges of other hosts.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    dispatch: Option<SocketAddr>,
+    /// Where its CoreAPI serves.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    api: Option<SocketAddr>,
+    /// What else is to be known of it, such as zone=a; may be given several times.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = label)]
+    label: Vec<(String, String)>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -139,6 +164,23 @@ fn variable(text: &str) -> Result<(String, String), String> {
     Ok((name.to_owned(), value.to_owned()))
 }
 
+fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if cmdb::compute::is_name(name) => Ok((name.to_owned(), value.to_owned())),
+        _ => Err(format!("\"{text}\" is no label; write NAME=VALUE, for example zone=a")),
+    }
+}
+
+fn node_name(text: &str) -> Result<String, String> {
+    if cmdb::compute::is_name(text) {
+        return Ok(text.to_owned());
+    }
+    Err(format!(
+        "\"{text}\" is no host's name; it has letters, digits, `-`, `.` and `_`, {} at most",
+        cmdb::compute::NAME_MAX
+    ))
+}
+
 fn hook_user(text: &str) -> Result<(u32, u32), String> {
     let ids = text.split_once(':').and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));
     match ids {
@@ -176,6 +218,12 @@ fn main() -> ExitCode {
     }
 }
 
+fn host_name() -> anyhow::Result<String> {
+    let name = nix::unistd::gethostname()?.into_string().unwrap_or_default();
+    node_name(&name)
+        .map_err(|error| anyhow::anyhow!("the host name cannot be used: {error}; choose one with --node"))
+}
+
 fn start(arguments: Arguments) -> anyhow::Result<()> {
     anyhow::ensure!(nix::unistd::geteuid().is_root(), "the launcher makes containers and must run as root");
     if arguments.die_with_parent {
@@ -187,7 +235,22 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
             "the process that started the launcher has ended"
         );
     }
+    let address = |address: Option<SocketAddr>| address.map_or(String::new(), |address| address.to_string());
+    let home = Home::of_option(&arguments.among.cmdb)?;
+    let among = cmdb::compute::Compute {
+        name: match (arguments.among.node, &home) {
+            (Some(name), _) => name,
+            (None, Home::Redis(_)) => host_name()?,
+            (None, Home::Embedded) => host_name().unwrap_or_else(|_| "localhost".to_owned()),
+        },
+        dispatch: address(arguments.among.dispatch),
+        api: address(arguments.among.api),
+        labels: arguments.among.label.into_iter().collect::<BTreeMap<_, _>>(),
+        ..cmdb::compute::Compute::default()
+    };
     let config = daemon::Config {
+        cmdb: home,
+        among,
         state: StateDir::new(arguments.state),
         cgroup_parent: arguments.cgroup_parent,
         gid: arguments.gid,

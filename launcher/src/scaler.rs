@@ -68,6 +68,12 @@ pub struct Evidence {
     pub serving: u32,
     /// Those of them that are about to.
     pub starting: u32,
+    /// Instances that serve or are about to on other hosts.
+    pub elsewhere: u32,
+    /// Those of them that are about to.
+    pub starting_elsewhere: u32,
+    /// Whether another host could take one.
+    pub other_host: bool,
 }
 
 /// What the operator allows.
@@ -236,6 +242,7 @@ pub fn decide(evidence: &Evidence, policy: &Policy, history: &History) -> Decisi
     let wanted = match cause {
         Cause::Quota => policy.cpu_max.map_or(Cure::Nothing, Cure::Raise),
         Cause::Ceiling | Cause::Workers if may_add(evidence, policy) => Cure::Add,
+        Cause::Host if evidence.other_host && may_add(evidence, policy) => Cure::Add,
         Cause::Fine => step_back(evidence, policy, history),
         _ => Cure::Nothing,
     };
@@ -279,7 +286,9 @@ fn cause(evidence: &Evidence, policy: &Policy, history: &History) -> Cause {
 }
 
 fn may_add(evidence: &Evidence, policy: &Policy) -> bool {
-    policy.response_time_us.is_some() && evidence.serving < policy.max && evidence.starting == 0
+    policy.response_time_us.is_some()
+        && evidence.serving.saturating_add(evidence.elsewhere) < policy.max
+        && evidence.starting + evidence.starting_elsewhere == 0
 }
 
 /// The instances go first: each costs memory, an unused quota costs nothing.

@@ -5,7 +5,10 @@
 
 mod adopt;
 mod duties;
+mod exclusive;
+mod hosts;
 mod leak;
+mod moving;
 mod orders;
 mod rest;
 mod room;
@@ -16,7 +19,7 @@ mod tiers;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use cmdb::{App, Generation, Outcome, Transition};
+use cmdb::{App, AppRecord, Generation, Outcome, Transition};
 use launcher_client::wire::{
     Activity, Decision, LogLine, Refusal, RefusalCode, ScaleOrder, Status, WakeTiming,
 };
@@ -71,6 +74,8 @@ pub enum Message {
     Spec(Arc<App>),
     /// The app is not configured any more.
     Removed,
+    /// Its record has changed, and maybe not by this launcher.
+    Look,
     /// End every instance; answered when they are gone.
     Stop(oneshot::Sender<()>),
     /// Replace every instance.
@@ -220,6 +225,7 @@ impl Supervisor {
             Message::Limit(limits, reply) => drop(reply.send(self.limit(limits))),
             Message::Scale(order, reply) => drop(reply.send(self.scale(order))),
             Message::Spec(app) => self.spec(app).await,
+            Message::Look => self.look().await,
             Message::Removed => {
                 self.removed = true;
                 self.drain_all("the app was removed").await;
@@ -260,9 +266,27 @@ impl Supervisor {
         let start_timeout_ms = self.start_timeout_ms();
         // Twice: a record of an instance that this host does not have is cleared, and the second round decides.
         for _ in 0..2 {
-            let transition =
-                Transition::Wake { node: self.host.node.clone(), start_timeout_ms, lost: self.host.lost() };
-            match self.apply(transition).await {
+            let transition = Transition::Wake { node: self.place(), start_timeout_ms, lost: self.lost() };
+            if self.is_exclusive() {
+                if !self.is_heard() {
+                    let message = "the CMDB does not hear this host: its exclusive volume may be another's";
+                    return drop(reply.send(Err(Refusal::new(RefusalCode::Busy, message))));
+                }
+                if self.is_taken(&self.record(), None) {
+                    return self.wakers.push(reply);
+                }
+            }
+            let (outcome, record) = match self.transit(transition).await {
+                Ok((outcome, record)) => (Ok(outcome), record),
+                Err(refusal) => (Err(refusal), Default::default()),
+            };
+            if let Ok(Outcome::Ready(generation) | Outcome::Join(generation) | Outcome::Own(generation)) =
+                outcome
+                && let Some(refusal) = self.elsewhere(&record, generation)
+            {
+                return drop(reply.send(Err(refusal)));
+            }
+            match outcome {
                 Ok(Outcome::Ready(generation)) => match self.awake(generation).await {
                     Some(awake) => return drop(reply.send(Ok(awake))),
                     // It runs, and is only just being picked up from an earlier daemon.
@@ -274,7 +298,17 @@ impl Supervisor {
                 Ok(Outcome::Join(generation)) if self.running.contains_key(&generation) => {
                     return self.wakers.push(reply);
                 }
-                Ok(Outcome::Join(generation)) => drop(self.apply(Transition::Gone { generation }).await),
+                // Another host has placed it here a moment ago; or it is of an earlier life.
+                Ok(Outcome::Join(generation)) => {
+                    if let Some(instance) = record.instances.get(&generation) {
+                        self.take_up(instance).await;
+                    }
+                }
+                // Another instance has begun to drain in this very moment.
+                Ok(Outcome::Own(generation)) if self.is_taken(&record, Some(generation)) => {
+                    self.wakers.push(reply);
+                    return drop(self.apply(Transition::Gone { generation }).await);
+                }
                 Ok(Outcome::Own(generation)) => {
                     self.wakers.push(reply);
                     return self.launch(generation, None, "a request");
@@ -429,10 +463,12 @@ impl Supervisor {
     }
 
     async fn apply(&self, transition: Transition) -> Result<Outcome, Refusal> {
-        match self.host.store.apply(&self.app.name, transition).await {
-            Ok((outcome, _)) => Ok(outcome),
-            Err(error) => Err(Refusal::new(RefusalCode::Internal, error.to_string())),
-        }
+        self.transit(transition).await.map(|(outcome, _)| outcome)
+    }
+
+    async fn transit(&self, transition: Transition) -> Result<(Outcome, AppRecord), Refusal> {
+        let done = self.host.store.apply(&self.app.name, transition).await;
+        done.map_err(|error| Refusal::new(RefusalCode::Internal, error.to_string()))
     }
 
     fn tell_of_backoff(&self, generation: Generation) {

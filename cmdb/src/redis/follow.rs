@@ -91,8 +91,10 @@ impl<'a> Session<'a> {
 
     async fn work(&mut self, last: &mut Identity) -> RedisResult<std::convert::Infallible> {
         self.identity = self.identify().await?;
-        let restored = *last != Identity::default() && *last != self.identity;
+        let seeded = self.shared.lock().is_seeded();
+        let restored = seeded || (*last != Identity::default() && *last != self.identity);
         self.read_all(restored).await?;
+        self.shared.lock().compared();
         *last = self.identity.clone();
         self.tell_untold().await;
         // Before anybody learns that all is there; should it fail, they are looked at again at once by those who follow them.

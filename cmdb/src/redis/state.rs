@@ -33,6 +33,8 @@ pub(super) struct State {
     changes: u64,
     /// Apps of which a server-name is another's: each gets its names when the other leaves them.
     shadowed: HashSet<AppName>,
+    /// What is here has come from a file, and has not been compared with Redis yet.
+    seeded: bool,
     /// The server's clock (ms since the Unix epoch) at a moment of ours.
     clock: Option<(Instant, u64)>,
 }
@@ -75,6 +77,26 @@ impl State {
 
     pub(super) fn watch(&mut self) -> mpsc::Receiver<Change> {
         self.mirror.watch()
+    }
+
+    /// Takes in what was known once. Anything that Redis has of an app is newer; what it lacks, it has lost.
+    pub(super) fn seed(&mut self, apps: Vec<Arc<App>>) {
+        self.seeded = true;
+        for app in apps {
+            let known = Stored { srev: "1".to_owned(), app: Some(Arc::clone(&app)), ..Stored::default() };
+            self.known.insert(app.name.clone(), known);
+            self.show(app, Arc::default());
+        }
+    }
+
+    /// Whether what is here has come from a file.
+    pub(super) fn is_seeded(&self) -> bool {
+        self.seeded
+    }
+
+    /// It has been compared with Redis.
+    pub(super) fn compared(&mut self) {
+        self.seeded = false;
     }
 
     pub(super) fn check_names(&self, app: &App) -> Result<(), StoreError> {

@@ -115,7 +115,8 @@ fn read(
     let lifecycle = reader.section(top, "lifecycle");
     let lifecycle = read_lifecycle(reader, lifecycle);
     let scale = reader.section(top, "scale");
-    let scale = read_scale(reader, scale);
+    let exclusive = volumes.iter().flatten().any(|volume| volume.exclusive);
+    let scale = read_scale(reader, scale, exclusive);
     let hold = reader.section(top, "hold");
     let hold = read_hold(reader, hold);
     let hooks = hooks::read(reader, top);
@@ -260,7 +261,8 @@ fn read_volume(reader: &mut Reader<'_>, section: Section<'_>) -> Option<Volume> 
         reader.fault(quota.span.clone(), "this is too little to keep anything", mend);
     }
     let quota = quota.map(|quota| quota.value);
-    Some(Volume { source: source?, target: target?, read_only, quota })
+    let exclusive = reader.flag(section, "exclusive").unwrap_or(false);
+    Some(Volume { source: source?, target: target?, read_only, quota, exclusive })
 }
 
 fn read_network(reader: &mut Reader<'_>, section: Section<'_>) -> Network {
@@ -353,10 +355,14 @@ fn read_lifecycle(reader: &mut Reader<'_>, section: Section<'_>) -> Lifecycle {
     }
 }
 
-fn read_scale(reader: &mut Reader<'_>, section: Section<'_>) -> Scale {
+fn read_scale(reader: &mut Reader<'_>, section: Section<'_>, exclusive: bool) -> Scale {
     let min = reader.number(section, "min", 0, 1000);
     let max = reader.number(section, "max", 1, 1000);
     let (least, most) = (min.as_ref().map_or(0, |min| min.value), max.as_ref().map_or(1, |max| max.value));
+    if exclusive && let Some(max) = max.as_ref().filter(|max| max.value > 1) {
+        let message = format!("\"max\" is {most}, and an exclusive volume is for one instance at a time");
+        reader.fault(max.span.clone(), message, "let max be 1, or take \"exclusive\" out of [[volume]]");
+    }
     if least > most
         && let Some(at) = min.or(max)
     {

@@ -1,5 +1,6 @@
 //! `up`: everything on one host, in the foreground.
 
+mod cluster;
 mod folder;
 mod leftovers;
 mod page;
@@ -25,7 +26,10 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use self::service::{Kept, Service};
+use self::{
+    cluster::Cluster,
+    service::{Kept, Service},
+};
 use crate::{
     check,
     cli::{self, Global},
@@ -54,10 +58,9 @@ pub(crate) async fn run(global: &Global, options: &cli::Up, out: &mut Output) ->
         ));
     }
     let programs = [find(LAUNCHER)?, find(COREAPI)?, find(PROXY)?];
-    let conf = std::fs::canonicalize(&options.conf).map_err(|error| {
-        Failure::failed(format!("the folder {} cannot be read: {error}", options.conf.display()))
-    })?;
-    let vhosts = check::load_and_complain(&conf);
+    let cluster = Cluster::of(&options.among)?;
+    let conf = configuration(options, &cluster)?;
+    let vhosts = conf.as_deref().map(check::load_and_complain).unwrap_or_default();
     let mut signals = Signals::listen()?;
 
     let root = folder::make(&global.state)?;
@@ -74,7 +77,9 @@ pub(crate) async fn run(global: &Global, options: &cli::Up, out: &mut Output) ->
         None => None,
     };
     let mut kept = Vec::new();
-    let start = start(&root, &conf, &cgroup, options, &programs, &vhosts, &mut kept);
+    let plan =
+        Plan { root: &root, conf: conf.as_deref(), cgroup: &cgroup, cluster: &cluster, vhosts: &vhosts };
+    let start = start(&plan, options, &programs, &mut kept);
     let started = tokio::select! {
         started = timeout(START, start) => started.unwrap_or_else(|_| {
             Err(Failure::failed(format!("not everything was ready within {} s; see the log above", START.as_secs())))
@@ -82,7 +87,7 @@ pub(crate) async fn run(global: &Global, options: &cli::Up, out: &mut Output) ->
         () = signals.end() => Err(Failure::Told),
     };
     let served = match started {
-        Ok(()) => match announce(&options.listen, &vhosts, out) {
+        Ok(()) => match announce(&answers(options), &vhosts, out) {
             Ok(()) | Err(Failure::ReaderLeft) => {
                 serve(&kept, &mut signals).await;
                 Ok(())
@@ -98,22 +103,62 @@ pub(crate) async fn run(global: &Global, options: &cli::Up, out: &mut Output) ->
     served.and(clean)
 }
 
+/// The folder of vhost files that this host brings. With many hosts it does so only when it is told to: a folder that
+/// happens to be there must not take everybody's apps away.
+fn configuration(options: &cli::Up, cluster: &Cluster) -> Result<Option<PathBuf>, Failure> {
+    let folder = match &options.conf {
+        Some(folder) if options.among.role == cli::Role::Edge => {
+            let message = format!(
+                "an edge brings no configuration: give --conf {} to a host that runs apps",
+                folder.display()
+            );
+            return Err(Failure::usage(message));
+        }
+        Some(folder) => folder.as_path(),
+        None if cluster.has_others() => return Ok(None),
+        None => Path::new("conf.d"),
+    };
+    let fault = |error| Failure::failed(format!("the folder {} cannot be read: {error}", folder.display()));
+    std::fs::canonicalize(folder).map(Some).map_err(fault)
+}
+
+/// Where visitors come in.
+fn listen(options: &cli::Up) -> &[SocketAddr] {
+    if options.among.role == cli::Role::Dispatch { &[] } else { &options.listen }
+}
+
+/// Where requests are answered.
+fn answers(options: &cli::Up) -> Vec<SocketAddr> {
+    match options.among.role {
+        cli::Role::Dispatch => options.among.dispatch.into_iter().collect(),
+        cli::Role::Edge | cli::Role::Both => options.listen.clone(),
+    }
+}
+
+/// What is to be started.
+struct Plan<'a> {
+    root: &'a Path,
+    conf: Option<&'a Path>,
+    cgroup: &'a str,
+    cluster: &'a Cluster,
+    vhosts: &'a [check::Vhost],
+}
+
 /// Starts the daemons, each when what it needs is there, and returns when requests are answered.
 async fn start(
-    root: &Path,
-    conf: &Path,
-    cgroup: &str,
+    plan: &Plan<'_>,
     options: &cli::Up,
     programs: &[PathBuf; 3],
-    vhosts: &[check::Vhost],
     kept: &mut Vec<Kept>,
 ) -> Result<(), Failure> {
+    let Plan { root, conf, cgroup, cluster, vhosts } = *plan;
     folder::wait_for_former_launcher(root, FORMER).await?;
-    for address in &options.listen {
+    for address in listen(options).iter().chain(&options.among.dispatch) {
         wait_until_free(*address).await?;
     }
     let [launcher, coreapi, proxy] = programs;
     let state = StateDir::new(root);
+    let runs_apps = options.among.role != cli::Role::Edge;
     let common = |args: &[&dyn AsRef<std::ffi::OsStr>]| -> Vec<OsString> {
         let mut all: Vec<OsString> = vec!["--state".into(), root.into()];
         all.extend(args.iter().map(|arg| arg.as_ref().to_owned()));
@@ -121,7 +166,44 @@ async fn start(
         all
     };
 
-    let mut args = common(&[&"--cgroup-parent", &cgroup]);
+    let client = if runs_apps {
+        let mut args = common(&[&"--cgroup-parent", &cgroup]);
+        launchers_arguments(root, options, &mut args)?;
+        cluster.for_launcher(&options.among, &mut args);
+        let grace = Duration::from_secs(40);
+        let cmdb = cluster.environment();
+        kept.push(Service { name: LAUNCHER, program: launcher.clone(), args, cmdb, grace }.keep());
+        let socket = state.launcher_socket();
+        Some(unless_it_ends(kept, wait_for_launcher(&socket)).await??)
+    } else {
+        None
+    };
+    if let Some(conf) = conf {
+        let (args, grace) = (common(&[&"--conf", &conf]), Duration::from_secs(5));
+        kept.push(Service { name: COREAPI, program: coreapi.clone(), args, cmdb: None, grace }.keep());
+    }
+    // A former proxy that is on its way out may answer there still, and must not be taken for the new one.
+    let _ = std::fs::remove_file(state.proxy_socket());
+    let mut args = common(&[]);
+    for address in listen(options) {
+        args.extend(["--listen".into(), address.to_string().into()]);
+    }
+    cluster.for_proxy(&options.among, &mut args);
+    // Beside a launcher it knows what the launcher knows.
+    let cmdb = if runs_apps { None } else { cluster.environment() };
+    let grace = Duration::from_secs(20);
+    kept.push(Service { name: PROXY, program: proxy.clone(), args, cmdb, grace }.keep());
+    unless_it_ends(kept, async {
+        wait_for_proxy(&state.proxy_socket(), listen(options)).await;
+        if let Some(client) = &client {
+            wait_for_apps(client, &state.proxy_socket(), vhosts).await;
+        }
+    })
+    .await
+}
+
+/// What the launcher is told of this host.
+fn launchers_arguments(root: &Path, options: &cli::Up, args: &mut Vec<OsString>) -> Result<(), Failure> {
     if let Some(datapool) = folder::own_or_chosen(root, "datapool", options.datapool.as_deref())? {
         args.extend(["--datapool".into(), datapool.into()]);
     }
@@ -159,27 +241,7 @@ async fn start(
     if let Some(meminfo) = &options.meminfo {
         args.extend(["--meminfo".into(), meminfo.into()]);
     }
-    let grace = Duration::from_secs(40);
-    kept.push(Service { name: LAUNCHER, program: launcher.clone(), args, grace }.keep());
-    let socket = state.launcher_socket();
-    let client = unless_it_ends(kept, wait_for_launcher(&socket)).await??;
-
-    let args = common(&[&"--conf", &conf]);
-    kept.push(
-        Service { name: COREAPI, program: coreapi.clone(), args, grace: Duration::from_secs(5) }.keep(),
-    );
-    // A former proxy that is on its way out may answer there still, and must not be taken for the new one.
-    let _ = std::fs::remove_file(state.proxy_socket());
-    let mut args = common(&[]);
-    for address in &options.listen {
-        args.extend(["--listen".into(), address.to_string().into()]);
-    }
-    kept.push(Service { name: PROXY, program: proxy.clone(), args, grace: Duration::from_secs(20) }.keep());
-    unless_it_ends(kept, async {
-        wait_for_proxy(&state.proxy_socket(), &options.listen).await;
-        wait_for_apps(&client, &state.proxy_socket(), vhosts).await;
-    })
-    .await
+    Ok(())
 }
 
 /// `work`, unless one of the daemons ends before it is done: at the start that is an error to be shown, not to be retried.
@@ -313,7 +375,7 @@ async fn serve(kept: &[Kept], signals: &mut Signals) {
     while !signals.next_is_end().await {
         tracing::info!("SIGHUP: configuration is read again");
         // The launcher has no configuration of its own.
-        kept.iter().skip(1).for_each(Kept::hangup);
+        kept.iter().filter(|kept| kept.name() != LAUNCHER).for_each(Kept::hangup);
     }
 }
 

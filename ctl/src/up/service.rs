@@ -33,6 +33,8 @@ pub(crate) struct Service {
     pub(crate) program: PathBuf,
     /// Its arguments.
     pub(crate) args: Vec<OsString>,
+    /// Where it finds the CMDB, for those that open it themselves; the address may hold a password.
+    pub(crate) cmdb: Option<(&'static str, String)>,
     /// How long it may take to end after SIGTERM.
     pub(crate) grace: Duration,
 }
@@ -69,6 +71,10 @@ impl Service {
             // A log file is for reading and searching: the daemons must not colour it.
             command.env("NO_COLOR", "1");
         }
+        match &self.cmdb {
+            Some((name, address)) => command.env(name, address),
+            None => command.env_remove(launcher_client::home::VARIABLE),
+        };
         command
             .args(&self.args)
             .stdin(Stdio::null())
@@ -169,6 +175,11 @@ enum Life {
 }
 
 impl Kept {
+    /// The program's name.
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
+    }
+
     /// Has it read its configuration again.
     pub(crate) fn hangup(&self) {
         let _ = self.orders.send(Order::Hangup);

@@ -53,7 +53,7 @@ impl Host {
     pub(crate) fn up_from(programs: &Path, vhosts: &[&Vhost]) -> Self {
         let files: Vec<(String, Vec<u8>)> =
             vhosts.iter().map(|v| (format!("{}.toml", v.name()), v.text().into_bytes())).collect();
-        Self::up_as(programs.join("fastcontainer"), &files, &[], |_| {})
+        Self::up_as(programs.join("fastcontainer"), files.as_slice(), &[], |_| {})
     }
 
     /// The same with more arguments, after `prepare` has been at the folder that holds `conf.d` and the state (`s`).
@@ -65,9 +65,14 @@ impl Host {
         Self::up_as(program("fastcontainer"), files, arguments, prepare)
     }
 
-    fn up_as(
+    /// Starts a host that brings no configuration; it has to be given other arguments that tell where there is some.
+    pub(crate) fn up_without_conf(arguments: &[&str]) -> Self {
+        Self::up_as(program("fastcontainer"), None, arguments, |_| {})
+    }
+
+    fn up_as<'a>(
         program: PathBuf,
-        files: &[(String, Vec<u8>)],
+        files: impl Into<Option<&'a [(String, Vec<u8>)]>>,
         arguments: &[&str],
         prepare: impl FnOnce(&Path),
     ) -> Self {
@@ -78,9 +83,11 @@ impl Host {
         fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
             .expect("its mode");
         let conf = folder.path().join("conf.d");
-        fs::create_dir(&conf).expect("conf.d");
-        for (name, bytes) in files {
-            fs::write(conf.join(name), bytes).expect("a vhost file");
+        if let Some(files) = files.into() {
+            fs::create_dir(&conf).expect("conf.d");
+            for (name, bytes) in files {
+                fs::write(conf.join(name), bytes).expect("a vhost file");
+            }
         }
         prepare(folder.path());
         let state = folder.path().join("s");
@@ -356,10 +363,12 @@ pub(crate) fn cgroup_parents() -> Vec<String> {
 
 fn start(program: &Path, conf: &Path, state: &Path, port: u16, folder: &Path, arguments: &[String]) -> Child {
     let log = fs::OpenOptions::new().create(true).append(true).open(folder.join("log")).expect("a log");
-    let mut child = Command::new(program)
-        .arg("up")
-        .arg("--conf")
-        .arg(conf)
+    let mut command = Command::new(program);
+    command.arg("up");
+    if conf.is_dir() {
+        command.arg("--conf").arg(conf);
+    }
+    let mut child = command
         .arg("--listen")
         .arg(format!("127.0.0.1:{port}"))
         .arg("--state")
@@ -385,7 +394,7 @@ fn start(program: &Path, conf: &Path, state: &Path, port: u16, folder: &Path, ar
 
 /// A port that nobody listens on now and that no other test of this process was given. Below the range from which the
 /// kernel takes ports for clients, so that no connection of another test can have it.
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let start = 10_000 + (std::process::id() as u16 % 500) * 40;
     loop {

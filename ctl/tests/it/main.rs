@@ -10,6 +10,7 @@
     reason = "a test fails by panicking; the harness serves more stories than any one file tells"
 )]
 
+mod cluster;
 mod host;
 mod http;
 mod vhost;
@@ -23,6 +24,7 @@ mod failing;
 mod git;
 mod hogs;
 mod hooks;
+mod hosts;
 mod images;
 mod isolation;
 mod leak;

@@ -6,6 +6,7 @@
 pub mod admin;
 mod client;
 mod governor;
+pub mod home;
 pub mod packet;
 pub mod paths;
 pub mod usage;

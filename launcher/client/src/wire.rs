@@ -189,6 +189,15 @@ pub enum Request {
         /// Only this app.
         app: Option<AppName>,
     },
+    /// Everybody: the hosts. → [`Reply::Nodes`].
+    Nodes,
+    /// Operator: have a host emptied, or not any more. → [`Reply::Done`] when that is on record.
+    Drain {
+        /// Which host.
+        node: String,
+        /// Whether it is to be emptied.
+        draining: bool,
+    },
     /// Operator: the images of all apps. → stream of [`Reply::Image`], then [`Reply::End`].
     Images,
     /// Operator: the launcher's figures in Prometheus' text format. → stream of [`Reply::Text`], then [`Reply::End`].
@@ -391,6 +400,9 @@ pub struct Status {
     pub app: AppName,
     /// Its server-names.
     pub server_names: Vec<String>,
+    /// The host that runs it; empty where there is only one, and for an app without an instance.
+    #[serde(default)]
+    pub node: String,
     /// Its generation; `None` when the app is stopped.
     pub generation: Option<Generation>,
     /// `absent`, `starting`, `ready`, `frozen`, `draining`, `backing-off`.

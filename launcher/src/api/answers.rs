@@ -13,10 +13,7 @@ use tokio::sync::{
 };
 
 use super::Peer;
-use crate::{
-    overrides::Override,
-    supervisor::{Awake, Limits, Message},
-};
+use crate::supervisor::{Awake, Limits, Message};
 
 /// Bytes of text in a packet; JSON may need two for one.
 const TEXT_PIECE: usize = launcher_client::wire::MAX_PACKET / 4;
@@ -32,6 +29,11 @@ impl Peer {
             Request::RemoveApp { app } => self.remove_app(&app).await.map(without_fds),
             Request::Apply { app, transition } => match self.host.store.apply(&app, transition).await {
                 Ok((outcome, record)) => Ok(without_fds(Reply::Applied { outcome, record })),
+                Err(error) => Err(store_refusal(&error)),
+            },
+            Request::Nodes => Ok(without_fds(Reply::Nodes { nodes: self.host.store.nodes() })),
+            Request::Drain { node, draining } => match self.host.store.set_draining(&node, draining).await {
+                Ok(()) => Ok(without_fds(Reply::Done)),
                 Err(error) => Err(store_refusal(&error)),
             },
             Request::Images => self.images(id).await.map(without_fds),
@@ -129,39 +131,9 @@ impl Peer {
         }
     }
 
+    /// What follows from it is done by whoever follows the CMDB, on this host and others.
     async fn put_app(&self, app: cmdb::App) -> Result<Reply, Refusal> {
-        let name = app.name.clone();
-        self.host.store.put_app(app.clone()).await.map_err(|e| store_refusal(&e))?;
-        // Only a file that is in force ends what the operator has set.
-        for key in tokio::task::block_in_place(|| self.host.overrides.settle(&app)) {
-            let message =
-                format!("the vhost file of {name} has changed {key}: what the operator had set there ends");
-            self.host.events.emit("override", Some(&name), None, message);
-        }
-        let wants_instances = self.host.keeps_instances(&app);
-        self.host.events.emit(
-            "config-applied",
-            Some(&name),
-            None,
-            format!("the configuration of {name} is in force"),
-        );
-        if let Some((app, _)) = self.host.store.get(&name) {
-            let host = Arc::clone(&self.host);
-            tokio::spawn(async move { host.outbound.configured(&app).await });
-        }
-        self.host.images.nudge();
-        match self.host.running_supervisor(&name) {
-            Some(supervisor) => {
-                if let Some((spec, _)) = self.host.store.get(&name) {
-                    let _ = supervisor.send(Message::Spec(spec));
-                }
-            }
-            None if wants_instances => drop(self.host.supervisor(&name)),
-            None => {
-                // Nobody supervises it, so nobody else forgets its back-off.
-                drop(self.host.store.apply(&name, cmdb::Transition::ResetBackoff).await);
-            }
-        }
+        self.host.store.put_app(app).await.map_err(|e| store_refusal(&e))?;
         Ok(Reply::Done)
     }
 
@@ -175,14 +147,6 @@ impl Peer {
             let _ = drained.await;
         }
         self.host.store.remove_app(app).await.map_err(|e| store_refusal(&e))?;
-        let forgotten = tokio::task::block_in_place(|| {
-            self.host.overrides.update(app, |known| *known = Override::default())
-        });
-        if let Err(error) = forgotten {
-            tracing::warn!(%app, %error, "what the operator had set for a removed app is still on record");
-        }
-        self.host.images.nudge();
-        self.host.events.emit("config-removed", Some(app), None, format!("{app} is not configured any more"));
         Ok(Reply::Done)
     }
 
@@ -203,6 +167,7 @@ impl Peer {
                 }
                 None => vec![crate::supervisor::absent(&app, Some(&record))],
             };
+            let lines = self.with_others(lines, &app, &record);
             let overrides = self.host.overrides.of(&app.name).words();
             for line in lines {
                 let line = Status { overrides: overrides.clone(), ..line };
@@ -210,6 +175,32 @@ impl Peer {
             }
         }
         Ok(Reply::End)
+    }
+
+    /// What runs on other hosts, as far as the CMDB knows it, takes the place of a line that says that nothing runs here.
+    fn with_others(&self, mut lines: Vec<Status>, app: &cmdb::App, record: &cmdb::AppRecord) -> Vec<Status> {
+        if !self.host.several {
+            return lines;
+        }
+        for line in lines.iter_mut().filter(|line| line.generation.is_some()) {
+            line.node.clone_from(&self.host.node);
+        }
+        let others = record.instances.values().filter(|instance| instance.node != self.host.node);
+        let others: Vec<Status> = others
+            .map(|instance| Status {
+                node: instance.node.clone(),
+                generation: Some(instance.generation),
+                state: instance.state.as_str().to_owned(),
+                reason: String::new(),
+                age_ms: Some(crate::clock::unix_ms().saturating_sub(instance.since_ms)),
+                ..crate::supervisor::absent(app, None)
+            })
+            .collect();
+        if !others.is_empty() {
+            lines.retain(|line| line.generation.is_some());
+        }
+        lines.extend(others);
+        lines
     }
 
     async fn images(&self, id: u64) -> Result<Reply, Refusal> {

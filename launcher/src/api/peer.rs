@@ -54,6 +54,7 @@ impl Role {
                     | Request::Note { .. }
                     | Request::Ps { .. }
                     | Request::Events { .. }
+                    | Request::Nodes
             ),
             Self::Proxy => matches!(
                 request,
@@ -66,6 +67,7 @@ impl Role {
                     | Request::Quiesced { .. }
                     | Request::Suspect { .. }
                     | Request::WakeTiming { .. }
+                    | Request::Nodes
             ),
         }
     }

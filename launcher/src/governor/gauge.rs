@@ -28,7 +28,13 @@ impl HostGauge {
     /// What is kept free where the operator says nothing, bytes: a part of the memory that there is, within bounds.
     #[must_use]
     pub fn usual_reserve() -> u64 {
-        (meminfo("MemTotal:").unwrap_or(0) / 32).clamp(64 << 20, 512 << 20)
+        (Self::whole_memory() / 32).clamp(64 << 20, 512 << 20)
+    }
+
+    /// Memory that there is, bytes.
+    #[must_use]
+    pub fn whole_memory() -> u64 {
+        meminfo("MemTotal:").unwrap_or(0)
     }
 }
 

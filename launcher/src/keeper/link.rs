@@ -177,6 +177,8 @@ fn spawn(place: &Place) -> io::Result<Child> {
     rustix::net::listen(&listener, 8)?;
     Command::new(&place.exe)
         .arg("spawner")
+        // It lives with the containers, and has no business with the CMDB.
+        .env_remove(launcher_client::home::VARIABLE)
         .stdin(Stdio::from(listener))
         .stdout(Stdio::null())
         .spawn()

@@ -4,7 +4,7 @@ use super::{Cause, Cure, Evidence, HOST_FULL, Policy};
 
 /// Evidence, cause, cure.
 pub(super) fn decision(e: &Evidence, policy: &Policy, cause: Cause, cure: Cure, in_vain: bool) -> String {
-    format!("{}: {}; {}", evidence(e, policy), why(e, policy, cause), what(policy, cause, cure, in_vain))
+    format!("{}: {}; {}", evidence(e, policy), why(e, policy, cause), what(e, policy, cause, cure, in_vain))
 }
 
 fn evidence(e: &Evidence, policy: &Policy) -> String {
@@ -46,9 +46,10 @@ fn why(e: &Evidence, policy: &Policy, cause: Cause) -> String {
     }
 }
 
-fn what(policy: &Policy, cause: Cause, cure: Cure, in_vain: bool) -> String {
+fn what(e: &Evidence, policy: &Policy, cause: Cause, cure: Cure, in_vain: bool) -> String {
     match (cure, cause) {
         (Cure::Raise(to), _) => format!("the quota is raised to {}", cores(to)),
+        (Cure::Add, Cause::Host) => "an instance is added on another host".to_owned(),
         (Cure::Add, _) => "an instance is added".to_owned(),
         (Cure::Lower(to), _) => format!("the quota is lowered to {}", cores(to)),
         (Cure::Remove, _) => "the youngest instance is drained".to_owned(),
@@ -56,7 +57,12 @@ fn what(policy: &Policy, cause: Cause, cure: Cure, in_vain: bool) -> String {
             "nothing is done: the step that would follow did not help before".to_owned()
         }
         (Cure::Nothing, Cause::Elsewhere) => "nothing to do here: the time is spent elsewhere".to_owned(),
-        (Cure::Nothing, Cause::Host) => "nothing to do here: there is no other host".to_owned(),
+        (Cure::Nothing, Cause::Host) if !e.other_host => {
+            "nothing to do here: there is no other host".to_owned()
+        }
+        (Cure::Nothing, Cause::Host) => {
+            format!("nothing is done: no more than {} instance(s) may run (scale.max)", policy.max)
+        }
         (Cure::Nothing, Cause::Ceiling | Cause::Workers) => {
             format!("nothing is done: no more than {} instance(s) may run (scale.max)", policy.max)
         }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cmdb::{Generation, Transition};
+use cmdb::{Generation, Outcome, Transition};
 use launcher_client::wire::WakeTiming;
 use nix::libc::SIGKILL;
 
@@ -16,13 +16,20 @@ impl Supervisor {
         let outdated = adoption.tag.runs != fingerprint(&self.app);
         let (pid, image, port) = (adoption.pid, adoption.tag.image.clone(), adoption.port);
         let node = self.host.node.clone();
-        if let Err(refusal) = self.apply(Transition::Adopt { generation, node, port }).await {
-            // The app was removed in this very moment; the instance's task would have nobody to tell.
+        let adopted = self.apply(Transition::Adopt { generation, node, port }).await;
+        if !matches!(adopted, Ok(Outcome::Done)) {
+            // The app was removed in this very moment, and the instance's task would have nobody to tell; or others thought
+            // this host dead and have taken over.
             self.host.keeper.kill(
                 &crate::sandbox::ContainerId { app: self.app.name.to_string(), generation: generation.0 },
                 SIGKILL,
             );
-            return tracing::warn!(%refusal, "{id} is not adopted");
+            if matches!(adopted, Ok(Outcome::Fenced)) {
+                let message =
+                    format!("{id} is ended: this host was thought dead, and others have taken over");
+                self.emit("fenced", generation, message);
+            }
+            return tracing::warn!(?adopted, "{id} is not adopted");
         }
         let launch = self.admit(generation, None);
         if let Some(running) = self.running.get_mut(&generation) {

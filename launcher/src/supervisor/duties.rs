@@ -1,15 +1,12 @@
 //! What time brings: quotas, idleness, lifetimes, drains; and what configuration changes.
 
-use std::{cmp::Reverse, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use cmdb::{App, Generation, Outcome, Transition, hook::When};
 use launcher_client::wire::{Activity, Refusal, RefusalCode};
 use tokio::time::Instant;
 
-use super::{
-    Message, Stage, Supervisor,
-    running::{Rest, Running},
-};
+use super::{Message, Stage, Supervisor, running::Rest};
 use crate::{
     cgroup::{CpuQuota, CpuWeight, Group},
     hooks::Subject,
@@ -56,8 +53,10 @@ impl Supervisor {
             }
         }
         next = next.min(self.scaling_due().unwrap_or(next));
+        next = next.min(self.moving_due().unwrap_or(next));
+        next = next.min(self.exclusive_due().unwrap_or(next));
         match self.retry_at {
-            Some(retry) if self.serving() < self.minimum() || self.wants_replacement() => next.min(retry),
+            Some(retry) if self.lacks_some() || self.wants_replacement() => next.min(retry),
             _ => next,
         }
     }
@@ -84,6 +83,8 @@ impl Supervisor {
                 self.end_lifetime(generation, now).await;
             }
         }
+        self.mind_exclusive().await;
+        self.mind_moving(now).await;
         self.replace_those_that_want_it(now).await;
         self.keep_minimum().await;
         self.keep_maximum().await;
@@ -101,9 +102,10 @@ impl Supervisor {
 
     /// Whether one that is ready may go without leaving too few. One that starts does not serve yet, and may never.
     pub(super) fn may_end_when_idle(&self) -> bool {
+        let fewest = if self.removed || self.ending { 0 } else { self.app.scale.min };
+        let fewest = usize::try_from(fewest).unwrap_or(usize::MAX);
         let ready = self.running.values().filter(|running| running.is_ready()).count();
-        let minimum = usize::try_from(self.minimum()).unwrap_or(usize::MAX);
-        minimum == 0 || ready > minimum
+        fewest == 0 || ready + usize::try_from(self.ready_elsewhere()).unwrap_or(usize::MAX) > fewest
     }
 
     async fn end_lifetime(&mut self, generation: Generation, now: Instant) {
@@ -119,7 +121,7 @@ impl Supervisor {
     }
 
     async fn replace_those_that_want_it(&mut self, now: Instant) {
-        if self.removed || self.ending || self.retry_at.is_some_and(|at| at > now) {
+        if self.removed || self.ending || self.is_draining() || self.retry_at.is_some_and(|at| at > now) {
             return;
         }
         for old in self.generations() {
@@ -130,8 +132,8 @@ impl Supervisor {
             if running.replacement.is_some() {
                 continue;
             }
-            if running.rest != Rest::Awake {
-                // Nobody is served by it, so nobody needs another one yet.
+            if running.rest != Rest::Awake || self.is_exclusive() {
+                // Nobody is served by it, so nobody needs another one yet; or the other one needs what this one has.
                 self.drain(old, &reason).await;
                 continue;
             }
@@ -140,7 +142,7 @@ impl Supervisor {
                 start_timeout_ms: self.start_timeout_ms(),
                 max: self.app.scale.max,
                 replacing: true,
-                lost: self.host.lost(),
+                lost: self.lost(),
             };
             match self.apply(transition).await {
                 Ok(Outcome::Own(generation)) => {
@@ -162,37 +164,17 @@ impl Supervisor {
     /// Starts instances until `scale.min` serve.
     pub(super) async fn keep_minimum(&mut self) {
         let now = Instant::now();
-        while self.serving() < self.minimum() && self.retry_at.is_none_or(|at| at <= now) {
-            let transition = Transition::Add {
-                node: self.host.node.clone(),
-                start_timeout_ms: self.start_timeout_ms(),
-                max: self.app.scale.max,
-                replacing: false,
-                lost: self.host.lost(),
-            };
-            match self.apply(transition).await {
-                Ok(Outcome::Own(generation)) => self.launch(generation, None, "scale.min"),
+        while self.lacks_some() && self.retry_at.is_none_or(|at| at <= now) {
+            match self.begin_on(self.best_for_more(), false, "scale.min").await {
+                Ok(Outcome::Own(_)) => {}
                 _ => self.retry_at = Some(now + self.backoff()),
             }
         }
     }
 
-    /// Drains instances until no more than `scale.max` serve: the youngest, and those that do not serve yet before others.
+    /// Drains instances until no more than `scale.max` serve.
     async fn keep_maximum(&mut self) {
-        loop {
-            // A replacement that starts may be one too many until the old one ends.
-            let counts = |running: &Running| {
-                let replacement_starts =
-                    running.replaces.is_some() && matches!(running.stage, Stage::Starting);
-                !running.is_ending() && !replacement_starts
-            };
-            let serving: Vec<_> = self.running.iter().filter(|(_, running)| counts(running)).collect();
-            if serving.len() <= usize::try_from(self.app.scale.max).unwrap_or(usize::MAX) {
-                return;
-            }
-            let last =
-                serving.into_iter().min_by_key(|(generation, r)| (r.is_ready(), Reverse(**generation)));
-            let Some(last) = last.map(|(generation, _)| *generation) else { return };
+        for last in self.surplus() {
             self.drain(last, &format!("no more than {} instance(s) shall run", self.app.scale.max)).await;
         }
     }
@@ -381,7 +363,14 @@ impl Supervisor {
     }
 
     pub(super) fn minimum(&self) -> u32 {
-        if self.removed || self.ending { 0 } else { self.app.scale.min }
+        let nobody = self.removed || self.ending || self.app.scale.min == 0 || !self.is_home();
+        if nobody { 0 } else { self.app.scale.min }
+    }
+
+    /// Whether fewer serve than shall, and it is this host that has to mend it.
+    fn lacks_some(&self) -> bool {
+        let minimum = self.minimum();
+        minimum > 0 && self.serving_everywhere() < minimum && !self.is_taken(&self.record(), None)
     }
 
     fn wants_replacement(&self) -> bool {

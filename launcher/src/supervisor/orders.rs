@@ -95,6 +95,8 @@ fn ordered(known: &Override, file: &App, order: ScaleOrder) -> Result<Override, 
         )
     } else if scale.min > scale.max {
         format!("{} instances are more than the {} that are allowed; give --max, too", scale.min, scale.max)
+    } else if scale.max > 1 && file.volumes.iter().any(|volume| volume.exclusive) {
+        "an exclusive volume is for one instance at a time".to_owned()
     } else if max.is_some() && scale.max > MOST {
         format!("{} instances are more than {MOST}", scale.max)
     } else {

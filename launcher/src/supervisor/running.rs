@@ -40,6 +40,9 @@ pub(super) struct Running {
     pub(super) replaces: Option<Generation>,
     /// This one is to take its place.
     pub(super) replacement: Option<Generation>,
+    /// Its host is to be emptied: the instance on another host that is to take its place, if one could be begun, and when
+    /// that was looked at last.
+    pub(super) moves_to: Option<(Option<Generation>, Instant)>,
     /// It should be replaced, and why.
     pub(super) wants_replacement: Option<String>,
     /// The operator, or the end of the app or launcher, waits for its end.
@@ -145,6 +148,7 @@ impl Running {
             app,
             replaces,
             replacement: None,
+            moves_to: None,
             wants_replacement: None,
             asked_to_stop: false,
             pid: None,

@@ -179,6 +179,9 @@ impl Supervisor {
             memory_stalled: load.memory_stalled,
             serving: self.serving(),
             starting: self.starting(),
+            elsewhere: self.serving_elsewhere(),
+            starting_elsewhere: self.starting_elsewhere(),
+            other_host: self.best_elsewhere().is_some(),
             ..Evidence::default()
         };
         let mut held = std::collections::BTreeMap::new();
@@ -211,12 +214,16 @@ impl Supervisor {
 
     /// One more instance, if the CMDB agrees.
     async fn add(&mut self, evidence: &Evidence, policy: &Policy, decision: &scaler::Decision) {
+        let short = decision.cause == Cause::Host || self.lacks_room();
+        if let Some(node) = self.best_elsewhere().filter(|_| short) {
+            return self.add_elsewhere(node, evidence, policy, decision).await;
+        }
         let transition = Transition::Add {
             node: self.host.node.clone(),
             start_timeout_ms: self.start_timeout_ms(),
             max: self.app.scale.max,
             replacing: false,
-            lost: self.host.lost(),
+            lost: self.lost(),
         };
         match self.apply(transition).await {
             Ok(Outcome::Own(generation)) => {
@@ -227,6 +234,27 @@ impl Supervisor {
             // Another host was faster, or starts fail: there is a next time.
             Ok(outcome) => tracing::debug!(app = %self.app.name, ?outcome, "no instance is added"),
             Err(refusal) => tracing::warn!(app = %self.app.name, %refusal, "no instance is added"),
+        }
+    }
+
+    /// One more instance on another host, for this one is short. Its verdict is not awaited: what it does there, and what it
+    /// takes from here, is that host's to measure.
+    async fn add_elsewhere(
+        &mut self,
+        node: String,
+        evidence: &Evidence,
+        policy: &Policy,
+        decision: &scaler::Decision,
+    ) {
+        match self.begin_on(node.clone(), false, "this host is full").await {
+            Ok(Outcome::Own(generation)) => {
+                let words = format!("{} ({node})", decision.words);
+                self.decided("scale-out", decision.cause, generation, words);
+                self.scaling.history.stepped(Cure::Add, evidence, policy);
+                self.scaling.history.judged(Kind::Add, None);
+            }
+            Ok(outcome) => tracing::debug!(app = %self.app.name, ?outcome, "no instance is added elsewhere"),
+            Err(refusal) => tracing::warn!(app = %self.app.name, %refusal, "no instance is added elsewhere"),
         }
     }
 

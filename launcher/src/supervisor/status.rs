@@ -63,6 +63,7 @@ pub(crate) fn absent(app: &App, record: Option<&AppRecord>) -> Status {
     Status {
         app: app.name.clone(),
         server_names: app.server_names.iter().map(ToString::to_string).collect(),
+        node: String::new(),
         generation: None,
         state: if waits.is_some() { Status::BACKING_OFF } else { Status::ABSENT }.to_owned(),
         reason: record.map_or(String::new(), |r| r.last_failure.clone()),

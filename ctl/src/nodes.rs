@@ -1,0 +1,187 @@
+//! `nodes`, `drain`, `uncordon`: the hosts, and emptying one of them.
+
+use std::time::Duration;
+
+use cmdb::{
+    compute::{Node, Nodes, find},
+    units::{Bytes, Millicores},
+};
+use launcher_client::{
+    Client,
+    wire::{Reply, Request},
+};
+
+use crate::{
+    cli::{self, Global},
+    failure::Failure,
+    launcher,
+    output::{Output, Style},
+    table::{self, Align},
+    text,
+};
+
+/// How often a host that is being emptied is looked at.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// `nodes`
+pub(crate) async fn nodes(global: &Global, out: &mut Output) -> Result<(), Failure> {
+    let client = launcher::connect(global).await?;
+    let nodes = ask(&client).await?;
+    if out.is_json() {
+        return out.json(&nodes);
+    }
+    if nodes.is_empty() {
+        return out
+            .line("only this host: its CMDB is the embedded one (see `fastcontainer up --help`, --cmdb)");
+    }
+    for (number, line) in lines(&nodes).into_iter().enumerate() {
+        let style = match number.checked_sub(1).and_then(|row| nodes.get(row)) {
+            None => Some(Style::Bold),
+            Some(node) if !node.alive => Some(Style::Red),
+            Some(node) if node.draining => Some(Style::Yellow),
+            Some(_) => None,
+        };
+        match style {
+            Some(style) => out.line(&out.paint(style, &line))?,
+            None => out.line(&line)?,
+        }
+    }
+    Ok(())
+}
+
+/// `drain`
+pub(crate) async fn drain(global: &Global, options: &cli::Drain, out: &mut Output) -> Result<(), Failure> {
+    let client = launcher::connect(global).await?;
+    set(&client, &options.node, true).await?;
+    if !options.wait {
+        return done(
+            &options.node,
+            "draining",
+            "is being emptied; `fastcontainer nodes` shows how far it is",
+            out,
+        );
+    }
+    loop {
+        let nodes = ask(&client).await?;
+        match find(&nodes, &options.node) {
+            Some(node) if !node.draining => {
+                return Err(Failure::failed(format!("{} is not to be emptied any more", options.node)));
+            }
+            Some(node) if node.load.instances > 0 && node.alive => {}
+            // One that is not there runs nothing that is of use.
+            _ => return done(&options.node, "empty", "is empty", out),
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// `uncordon`
+pub(crate) async fn uncordon(
+    global: &Global,
+    options: &cli::Uncordon,
+    out: &mut Output,
+) -> Result<(), Failure> {
+    let client = launcher::connect(global).await?;
+    set(&client, &options.node, false).await?;
+    done(&options.node, "ready", "takes apps again", out)
+}
+
+async fn set(client: &Client, node: &str, draining: bool) -> Result<(), Failure> {
+    match launcher::ask(client, Request::Drain { node: node.to_owned(), draining }).await? {
+        Reply::Done => Ok(()),
+        other => Err(Failure::failed(format!("the launcher gave an unexpected answer: {other:?}"))),
+    }
+}
+
+async fn ask(client: &Client) -> Result<Nodes, Failure> {
+    match launcher::ask(client, Request::Nodes).await? {
+        Reply::Nodes { nodes } => Ok(nodes),
+        other => Err(Failure::failed(format!("the launcher gave an unexpected answer: {other:?}"))),
+    }
+}
+
+fn done(node: &str, state: &str, words: &str, out: &mut Output) -> Result<(), Failure> {
+    if out.is_json() {
+        return out.json(&serde_json::json!({ "node": node, "state": state }));
+    }
+    out.line(&format!("{node} {words}"))
+}
+
+fn lines(nodes: &[Node]) -> Vec<String> {
+    use Align::{Left, Right};
+    let titles = [
+        ("NODE", Left),
+        ("STATE", Left),
+        ("INSTANCES", Right),
+        ("FREE CPU", Right),
+        ("FREE MEMORY", Right),
+        ("DISPATCH", Left),
+        ("API", Left),
+        ("LABELS", Left),
+    ];
+    let rows: Vec<Vec<String>> = nodes.iter().map(row).collect();
+    table::lines(&titles, &rows)
+}
+
+fn row(node: &Node) -> Vec<String> {
+    let or_dash = |text: &str| match text::clean(text) {
+        text if text.is_empty() => "-".to_owned(),
+        text => text.into_owned(),
+    };
+    let (compute, load) = (&node.compute, &node.load);
+    let labels: Vec<String> = compute.labels.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    vec![
+        or_dash(node.name()),
+        state(node).to_owned(),
+        load.instances.to_string(),
+        format!("{}/{}", Millicores(load.free_cpu), Millicores(compute.cpu)),
+        // In whole MiB, for people.
+        format!("{}/{}", Bytes(load.free_memory >> 20 << 20), Bytes(compute.memory >> 20 << 20)),
+        or_dash(&compute.dispatch),
+        or_dash(&compute.api),
+        or_dash(&labels.join(",")),
+    ]
+}
+
+fn state(node: &Node) -> &'static str {
+    match (node.alive, node.draining) {
+        (false, _) => "lost",
+        (true, true) if node.load.instances == 0 => "empty",
+        (true, true) => "draining",
+        (true, false) => "ready",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cmdb::compute::{Compute, Load};
+
+    use super::*;
+
+    #[test]
+    fn an_operator_sees_who_is_there_and_what_is_left() {
+        let compute = Compute {
+            name: "web1".into(),
+            dispatch: "10.0.0.1:7070".into(),
+            labels: [("zone".to_owned(), "a".to_owned())].into(),
+            cpu: 2_000,
+            memory: 8 << 30,
+            ..Compute::default()
+        };
+        let load = Load { free_cpu: 1_500, free_memory: 3 << 30, instances: 12 };
+        let web1 = Node { compute: compute.clone(), load, alive: true, draining: false };
+        let web2 = Node {
+            compute: Compute { name: "web2".into(), ..Compute::default() },
+            alive: false,
+            draining: true,
+            ..Node::default()
+        };
+
+        let lines = lines(&[web1.clone(), web2]);
+
+        assert!(lines[1].starts_with("web1  ready"), "{}", lines[1]);
+        assert!(lines[1].contains("3GiB/8GiB") && lines[1].ends_with("zone=a"), "{}", lines[1]);
+        assert!(lines[2].starts_with("web2  lost"), "{}", lines[2]);
+        assert_eq!(state(&Node { draining: true, ..web1 }), "draining");
+    }
+}
