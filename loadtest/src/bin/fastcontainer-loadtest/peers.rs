@@ -196,7 +196,7 @@ impl Peer {
 }
 
 fn wait_for(what: &str, is_so: impl Fn() -> anyhow::Result<bool>) -> anyhow::Result<()> {
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(60);
     while !is_so()? {
         if Instant::now() > end {
             bail!("waited in vain for it to be {what}");
