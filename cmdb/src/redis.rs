@@ -120,6 +120,14 @@ impl RedisStore {
     }
 }
 
+/// Whether an address can be understood, for those who open the store later.
+///
+/// # Errors
+/// It cannot.
+pub fn check(address: &str) -> Result<(), AddressError> {
+    Address::parse(address).map(drop)
+}
+
 impl Drop for RedisStore {
     fn drop(&mut self) {
         self.follower.abort();
