@@ -138,6 +138,14 @@ impl RedisStore {
     }
 }
 
+/// Whether an address can be understood, for those who open the store later.
+///
+/// # Errors
+/// It cannot.
+pub fn check(address: &str) -> Result<(), AddressError> {
+    Address::parse(address).map(drop)
+}
+
 impl Drop for RedisStore {
     fn drop(&mut self) {
         self.followers.iter().for_each(JoinHandle::abort);

@@ -183,7 +183,7 @@ fn stats(house: &House) -> Stats {
     let tick = house.tick(Instant::now());
     let instances = apps
         .iter()
-        .flat_map(|app| app.upstreams().into_iter().map(|one| (one, app.room.len())))
+        .flat_map(|app| app.upstreams().into_iter().map(|one| (one, app.waiting())))
         .map(|(one, held)| InstanceStats {
             app: one.app.to_string(),
             generation: one.generation.0,

@@ -4,6 +4,8 @@ use std::{net::IpAddr, str::FromStr, time::Duration};
 
 use launcher_client::paths::StateDir;
 
+use crate::seal::ClusterKey;
+
 /// Settings of the phases. The defaults run as they are.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -29,6 +31,19 @@ pub struct Config {
     pub grace: Duration,
     /// Which access log is written.
     pub access_log: AccessLog,
+    /// What it is among several hosts; `None`: there is only this one.
+    pub cluster: Option<Cluster>,
+}
+
+/// What a proxy is among several hosts.
+#[derive(Clone, Debug, Default)]
+pub struct Cluster {
+    /// The host that it is on, whose instances it reaches through the launcher; `None`: it is an edge alone, without one.
+    pub node: Option<String>,
+    /// Address of the CMDB, which an edge alone follows by itself.
+    pub cmdb: Option<String>,
+    /// What proxies know each other by.
+    pub key: Option<ClusterKey>,
 }
 
 /// The format of the access log, `STATE/proxy/access.log`.
@@ -70,6 +85,7 @@ impl Config {
             trusted: Vec::new(),
             grace: Duration::from_secs(10),
             access_log: AccessLog::default(),
+            cluster: None,
         }
     }
 

@@ -22,20 +22,26 @@ pub mod admin;
 pub mod balance;
 pub mod bill;
 pub mod config;
+pub mod dispatch;
 pub mod doorman;
+pub mod guests;
 pub mod hold;
 pub mod link;
 pub mod measure;
 mod memory;
 pub mod metrics;
+pub mod nodes;
 pub mod pages;
 pub mod phases;
 pub mod quirks;
+pub mod remote;
+pub mod seal;
 pub mod stock;
 pub mod telemetry;
 pub mod tenant;
 pub mod upstream;
 pub mod waiting;
+pub mod wake;
 
 pub use config::Config;
 pub use phases::Ctx;
@@ -52,6 +58,16 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct FastContainer {
     house: Arc<House>,
+    entrance: Entrance,
+}
+
+/// Where requests come in.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Entrance {
+    /// From clients.
+    Front,
+    /// From the proxies of other hosts.
+    Dispatch,
 }
 
 /// What has to run beside a [`FastContainer`]: add both to the same Pingora server.
@@ -72,7 +88,13 @@ impl FastContainer {
             link: background_service("launcher link", Link::new(Arc::clone(&house), commands)),
             office: background_service("admin and log", Office::new(Arc::clone(&house), listens)),
         };
-        (Self { house }, attendants)
+        (Self { house, entrance: Entrance::Front }, attendants)
+    }
+
+    /// The same for requests from the proxies of other hosts, and for nobody else's.
+    #[must_use]
+    pub fn dispatcher(&self) -> Self {
+        Self { entrance: Entrance::Dispatch, ..self.clone() }
     }
 
     /// What all its apps share.
@@ -116,9 +138,12 @@ impl ProxyHttp for FastContainer {
     fn init_downstream_modules(&self, _: &mut pingora::modules::http::HttpModules) {}
 
     async fn request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> pingora::Result<bool> {
-        let fit = resolve::resolve(&self.house, session, ctx).and_then(|()| admit::admit(&self.house, ctx));
-        match fit {
-            Ok(()) => Ok(false),
+        let received = match self.entrance {
+            Entrance::Front => resolve::resolve(&self.house, session, ctx).map(|()| false),
+            Entrance::Dispatch => dispatch::receive(&self.house, session, ctx).await,
+        };
+        match received.and_then(|answered| admit::admit(&self.house, ctx).map(|()| answered)) {
+            Ok(answered) => Ok(answered),
             Err(fault) => Err(ctx.fail(fault)),
         }
     }
@@ -147,11 +172,11 @@ impl ProxyHttp for FastContainer {
 
     async fn upstream_request_filter(
         &self,
-        session: &mut Session,
+        _: &mut Session,
         request: &mut RequestHeader,
         ctx: &mut Ctx,
     ) -> pingora::Result<()> {
-        forward::request_headers(&self.house, session, ctx, request)
+        forward::request_headers(&self.house, ctx, request)
     }
 
     async fn request_body_filter(
@@ -172,6 +197,11 @@ impl ProxyHttp for FastContainer {
         response: &mut ResponseHeader,
         ctx: &mut Ctx,
     ) -> pingora::Result<()> {
+        if ctx.away
+            && let Some(remote) = ctx.lease.as_ref().and_then(|lease| lease.upstream.remote()).cloned()
+        {
+            remote::opened(ctx, &remote, response)?;
+        }
         measuring::answered(&self.house, ctx, response);
         Ok(())
     }
@@ -182,7 +212,7 @@ impl ProxyHttp for FastContainer {
         response: &mut ResponseHeader,
         ctx: &mut Ctx,
     ) -> pingora::Result<()> {
-        forward::response_headers(ctx, response)
+        forward::response_headers(&self.house, ctx, response)
     }
 
     fn error_while_proxy(

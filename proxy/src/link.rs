@@ -12,33 +12,36 @@ use std::{
 };
 
 use async_trait::async_trait;
-use cmdb::{AppName, Change, Generation};
+use cmdb::{
+    AppName, Change, Generation,
+    redis::{self, RedisStore, Role},
+    store::Store as _,
+};
 use launcher_client::{
     Client, ClientError,
     wire::{Activity, RefusalCode, Request},
 };
-use pingora::{server::ShutdownWatch, services::background::BackgroundService};
+use pingora::{connectors::http::Connector, server::ShutdownWatch, services::background::BackgroundService};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior, sleep, timeout},
 };
 
 use crate::{
-    bill, memory,
+    bill,
+    config::Cluster,
+    memory,
     pages::Fault,
     stock::Stock,
     tenant::{AppRuntime, House},
     upstream::Upstream,
+    wake::{self, Verdict, Waker},
 };
 
 /// How often the launcher hears what instances do.
 const REPORT_EVERY: Duration = Duration::from_millis(250);
 /// How often it hears of apps whose response time is judged.
 const SUMMARY_EVERY: Duration = Duration::from_millis(100);
-/// Sockets that come along with a wake: one for each who waits, within these bounds.
-const WAKE_SOCKETS: std::ops::RangeInclusive<u32> = 2..=32;
-/// A back-off that ends this soon is waited for.
-const SHORT_BACKOFF_MS: u64 = 250;
 /// Most reports in one packet.
 const REPORT_CHUNK: usize = 256;
 
@@ -47,6 +50,15 @@ const REPORT_CHUNK: usize = 256;
 pub enum Command {
     /// Have an instance ready.
     Wake(Arc<AppRuntime>),
+    /// Have an instance ready on this host, for requests that another one's proxy sent.
+    WakeForGuests(Arc<AppRuntime>),
+    /// Have an instance ready on this host, for another one's proxy.
+    WakeForAnother {
+        /// Of which app.
+        app: AppName,
+        /// Where the answer goes.
+        verdict: watch::Sender<Option<Verdict>>,
+    },
     /// Fetch sockets.
     Refill(Arc<Stock>),
     /// An instance answered for the first time.
@@ -118,8 +130,15 @@ impl BackgroundService for Link {
     }
 }
 
-/// Keeps a connection, and the cache in step with the launcher's CMDB.
+/// Keeps the cache in step with the CMDB: with the launcher's, over its socket, or as an edge alone with Redis itself.
 async fn follow(house: &Arc<House>, line: watch::Sender<Option<Client>>) {
+    match house.config.cluster.as_ref() {
+        Some(Cluster { node: None, cmdb: Some(address), .. }) => follow_redis(house, address).await,
+        _ => follow_launcher(house, &line).await,
+    }
+}
+
+async fn follow_launcher(house: &Arc<House>, line: &watch::Sender<Option<Client>>) {
     let path = house.config.state.launcher_socket();
     let mut pause = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
     loop {
@@ -129,34 +148,15 @@ async fn follow(house: &Arc<House>, line: watch::Sender<Option<Client>>) {
             Ok::<_, ClientError>((client, changes))
         };
         match watching.await {
-            Ok((client, mut changes)) => {
+            Ok((client, changes)) => {
                 tracing::info!(path = %path.display(), "connected to the launcher");
-                house.linked.store(true, SeqCst);
-                house.metrics.launcher(true, house.begun.elapsed());
                 line.send_replace(Some(client));
-                house.synced.store(false, SeqCst);
-                house.cache.begin_sync();
-                while let Some(change) = changes.recv().await {
-                    let synced = matches!(change, Change::Synced);
-                    // A record that nobody thought of may cost its own app, never the link (and with it all apps).
-                    let applied = catch_unwind(AssertUnwindSafe(|| house.admit(|cache| cache.apply(change))));
-                    if applied.is_err() {
-                        tracing::error!("a record of the CMDB could not be taken over; this is a bug");
-                    }
-                    if synced {
-                        pause.reset();
-                        house.synced.store(true, SeqCst);
-                        house.informed.store(true, SeqCst);
-                        // A launcher that has just come has not heard what was said to the one before.
-                        house
-                            .apps()
-                            .iter()
-                            .flat_map(|app| app.upstreams())
-                            .for_each(|one| one.repeat_quiesced());
-                    }
-                }
-                house.linked.store(false, SeqCst);
-                house.metrics.launcher(false, house.begun.elapsed());
+                take_in(house, changes, || {
+                    pause.reset();
+                    // A launcher that has just come has not heard what was said to the one before.
+                    house.apps().iter().flat_map(|app| app.upstreams()).for_each(|one| one.repeat_quiesced());
+                })
+                .await;
                 line.send_replace(None);
                 tracing::warn!("the launcher went away; warm apps are served on");
             }
@@ -166,12 +166,67 @@ async fn follow(house: &Arc<House>, line: watch::Sender<Option<Client>>) {
     }
 }
 
+async fn follow_redis(house: &Arc<House>, address: &str) {
+    let store = match RedisStore::open(address, Role::Reader, redis::BUDGET) {
+        Ok(store) => store,
+        // It was parsed before it came here.
+        Err(error) => return tracing::error!(%error, "the CMDB cannot be followed"),
+    };
+    let mut pause = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
+    loop {
+        match store.watch().await {
+            Ok(changes) => {
+                tracing::info!("following the CMDB");
+                take_in(house, changes, || pause.reset()).await;
+                tracing::warn!("the CMDB's changes came faster than they could be taken in; beginning again");
+            }
+            Err(error) => tracing::debug!(%error, "the CMDB cannot be followed"),
+        }
+        sleep(pause.next()).await;
+    }
+}
+
+/// Takes in a watch until it ends; `synced` is called when all that was there has come.
+async fn take_in(house: &Arc<House>, mut changes: mpsc::Receiver<Change>, mut synced: impl FnMut()) {
+    house.linked.store(true, SeqCst);
+    house.metrics.launcher(true, house.begun.elapsed());
+    house.synced.store(false, SeqCst);
+    house.cache.begin_sync();
+    while let Some(change) = changes.recv().await {
+        if let Change::Nodes(nodes) = &change {
+            house.learn_hosts(Arc::clone(nodes));
+        }
+        let all = matches!(change, Change::Synced);
+        // A record that nobody thought of may cost its own app, never the link (and with it all apps).
+        let applied = catch_unwind(AssertUnwindSafe(|| house.admit(|cache| cache.apply(change))));
+        if applied.is_err() {
+            tracing::error!("a record of the CMDB could not be taken over; this is a bug");
+        }
+        if all {
+            house.synced.store(true, SeqCst);
+            house.informed.store(true, SeqCst);
+            synced();
+        }
+    }
+    house.linked.store(false, SeqCst);
+    house.metrics.launcher(false, house.begun.elapsed());
+}
+
 /// Carries out commands, each in a task of its own.
-async fn obey(house: &House, mut commands: mpsc::UnboundedReceiver<Command>, line: Line) {
+async fn obey(house: &Arc<House>, mut commands: mpsc::UnboundedReceiver<Command>, line: Line) {
+    let caller = Arc::new(Connector::new(None));
     while let Some(command) = commands.recv().await {
         match command {
             Command::Wake(app) => {
-                tokio::spawn(wake(app, line.clone()));
+                let (line, caller) = (line.clone(), Arc::clone(&caller));
+                tokio::spawn(Waker { app, guests: false, line, caller }.run());
+            }
+            Command::WakeForGuests(app) => {
+                let (line, caller) = (line.clone(), Arc::clone(&caller));
+                tokio::spawn(Waker { app, guests: true, line, caller }.run());
+            }
+            Command::WakeForAnother { app, verdict } => {
+                tokio::spawn(wake::for_another(Arc::clone(house), app, line.clone(), verdict));
             }
             Command::Refill(stock) => {
                 tokio::spawn(refill(stock, line.clone()));
@@ -189,48 +244,6 @@ async fn obey(house: &House, mut commands: mpsc::UnboundedReceiver<Command>, lin
             Command::Quiesced { app, generation } => tell(&line, Request::Quiesced { app, generation }).await,
         }
     }
-}
-
-/// Wakes an app for all who wait. Single: `AppRuntime::knock` starts no second one before this has ended.
-async fn wake(app: Arc<AppRuntime>, mut line: Line) {
-    let mut pause = Backoff::new(Duration::from_millis(10), Duration::from_millis(500));
-    let begun = Instant::now();
-    // Nobody waits any more: nobody needs the next attempt.
-    while !app.room.is_empty() {
-        let Some(client) = connection(&mut line).await else { continue };
-        match client.wake(&app.name, sockets_for(app.room.len())).await {
-            Ok(woken) => {
-                if app.woken(woken) {
-                    break;
-                }
-            }
-            Err(ClientError::Refused(refusal)) => {
-                // The launcher may learn of a new app a moment after this proxy did, or have begun to end an instance,
-                // or itself.
-                // A time to come again is no race: the host has no room.
-                let race = matches!(
-                    refusal.code,
-                    RefusalCode::UnknownApp | RefusalCode::UnknownInstance | RefusalCode::Busy
-                ) && refusal.retry_after_ms.is_none();
-                // Nobody is sent away for a moment that is over before they could come back.
-                let moment = refusal.retry_after_ms.filter(|ms| *ms <= SHORT_BACKOFF_MS);
-                if let (RefusalCode::Backoff, Some(ms)) = (refusal.code, moment) {
-                    sleep(Duration::from_millis(ms)).await;
-                } else if !race || begun.elapsed() > Duration::from_secs(2) {
-                    tracing::info!(app = %app.name, code = %refusal.code, reason = %refusal.message, "not woken");
-                    app.refuse(&Fault::of_refusal(&refusal));
-                    break;
-                }
-            }
-            Err(error) => tracing::debug!(app = %app.name, %error, "the wake got no answer; trying again"),
-        }
-        sleep(pause.next()).await;
-    }
-    app.wake_ended();
-}
-
-fn sockets_for(waiting: usize) -> u32 {
-    u32::try_from(waiting).unwrap_or(u32::MAX).clamp(*WAKE_SOCKETS.start(), *WAKE_SOCKETS.end())
 }
 
 async fn refill(stock: Arc<Stock>, mut line: Line) {
@@ -256,7 +269,7 @@ async fn refill(stock: Arc<Stock>, mut line: Line) {
 }
 
 /// The connection, waited for a second at most, so that the caller can see whether it is still wanted.
-async fn connection(line: &mut Line) -> Option<Client> {
+pub(crate) async fn connection(line: &mut Line) -> Option<Client> {
     let waited = timeout(Duration::from_secs(1), line.wait_for(Option::is_some))
         .await
         .map(|client| client.map(|client| client.clone()).ok());
@@ -312,7 +325,9 @@ async fn report(house: &Arc<House>, line: Line) {
                     upstream.listed.store(true, SeqCst);
                     return true;
                 }
-                upstream.stock().settle();
+                if let Some(stock) = upstream.stock() {
+                    stock.settle();
+                }
             }
             !quiet
         });
@@ -322,7 +337,7 @@ async fn report(house: &Arc<House>, line: Line) {
             tell(&line, Request::Report { activity }).await;
         }
         if all && house.seats.taken() > 0 {
-            house.apps().iter().filter(|app| !app.room.is_empty()).for_each(|app| app.tick());
+            house.apps().iter().filter(|app| app.is_waited_for()).for_each(|app| app.tick());
         }
     }
 }
@@ -330,7 +345,7 @@ async fn report(house: &Arc<House>, line: Line) {
 fn activity_of(house: &House, upstream: &Upstream) -> Activity {
     let window = upstream.window.summary(house.tick(std::time::Instant::now()));
     upstream.rate.store(window.count, Relaxed);
-    let held = house.app(&upstream.app).map_or(0, |app| app.room.len());
+    let held = house.app(&upstream.app).map_or(0, |app| app.waiting());
     Activity {
         app: upstream.app.clone(),
         generation: upstream.generation,
@@ -352,18 +367,18 @@ async fn end_of_grace(house: &Arc<House>, mut shutdown: ShutdownWatch) {
 }
 
 /// Pauses that double from `first` to `most`, with jitter so that many do not come at once.
-struct Backoff {
+pub(crate) struct Backoff {
     first: Duration,
     most: Duration,
     pause: Duration,
 }
 
 impl Backoff {
-    fn new(first: Duration, most: Duration) -> Self {
+    pub(crate) fn new(first: Duration, most: Duration) -> Self {
         Self { first, most, pause: first }
     }
 
-    fn next(&mut self) -> Duration {
+    pub(crate) fn next(&mut self) -> Duration {
         let pause = self.pause;
         self.pause = (pause * 2).min(self.most);
         pause.mul_f64(0.5 + fastrand::f64() / 2.0)

@@ -16,8 +16,10 @@ use clap::Parser;
 use fastcontainer_proxy::{
     Config, FastContainer,
     admin::MetricsPage,
-    config::{AccessLog, Network},
-    doorman, telemetry,
+    config::{AccessLog, Cluster, Network},
+    doorman,
+    seal::ClusterKey,
+    telemetry,
     tenant::House,
 };
 use launcher_client::paths::{DEFAULT_STATE, GROUP_ID, PROXY_UID, StateDir};
@@ -72,6 +74,19 @@ struct Options {
     /// `fastcontainer metrics` shows them all the same
     #[arg(long, value_name = "ADDRESS", value_parser = metrics_address)]
     metrics: Option<SocketAddr>,
+    /// This host's name among several; the proxy follows the CMDB through the launcher then
+    #[arg(long, value_name = "NAME", value_parser = node_name)]
+    node: Option<String>,
+    /// Address of the CMDB of several hosts, such as redis://10.0.0.5; without --node this proxy is an edge alone, with no
+    /// launcher on its host
+    #[arg(long, value_name = "URL", env = "FASTCONTAINER_CMDB", hide_env_values = true)]
+    cmdb: Option<String>,
+    /// Where to take requests for this host's instances from the proxies of other hosts
+    #[arg(long, value_name = "ADDRESS", requires = "node", requires = "cluster_key")]
+    dispatch: Option<SocketAddr>,
+    /// File with the secret that the proxies of all hosts share, 32 bytes or more
+    #[arg(long, value_name = "FILE")]
+    cluster_key: Option<PathBuf>,
     /// Format of STATE/proxy/access.log
     #[arg(long, value_enum, default_value_t = AccessLog::Json)]
     access_log: AccessLog,
@@ -89,6 +104,7 @@ fn run(options: Options) -> anyhow::Result<()> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(level).with_target(false).init();
     let state = StateDir::new(std::path::absolute(&options.state)?);
     raise_descriptor_limit();
+    let cluster = cluster(&options)?;
     prepare_folders(&state, &options)?;
     become_unprivileged(&options)?;
     if options.die_with_parent {
@@ -99,7 +115,7 @@ fn run(options: Options) -> anyhow::Result<()> {
             bail!("the parent process has ended already");
         }
     }
-    for address in options.listen.iter().chain(&options.metrics) {
+    for address in options.listen.iter().chain(&options.metrics).chain(&options.dispatch) {
         // Pingora would only log a failure and go on without this address.
         TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
     }
@@ -109,10 +125,45 @@ fn run(options: Options) -> anyhow::Result<()> {
         header_timeout: Duration::from_secs(options.header_timeout),
         grace: Duration::from_secs(options.grace),
         access_log: options.access_log,
+        cluster,
         ..Config::new(state)
     };
-    serve(config, &options.listen, options.metrics, options.threads);
+    let ports = Ports { listen: options.listen, metrics: options.metrics, dispatch: options.dispatch };
+    serve(config, &ports, options.threads);
     Ok(())
+}
+
+/// What this proxy is among several hosts. Read as root, for nobody else is to read the key.
+fn cluster(options: &Options) -> anyhow::Result<Option<Cluster>> {
+    let key = options.cluster_key.as_deref().map(ClusterKey::read).transpose()?;
+    if options.node.is_none() && options.cmdb.is_none() {
+        return Ok(None);
+    }
+    if options.node.is_none() {
+        let address = options.cmdb.as_deref().unwrap_or_default();
+        cmdb::redis::check(address).context("--cmdb")?;
+        if key.is_none() {
+            bail!(
+                "an edge without a launcher serves by way of other hosts only, which believe nobody without the --cluster-key"
+            );
+        }
+    }
+    Ok(Some(Cluster { node: options.node.clone(), cmdb: options.cmdb.clone(), key }))
+}
+
+fn node_name(text: &str) -> Result<String, String> {
+    if cmdb::compute::is_name(text) {
+        Ok(text.to_owned())
+    } else {
+        Err("a host's name is of letters, digits, \"-\", \".\" and \"_\", a letter or digit first".to_owned())
+    }
+}
+
+/// Where the proxy is reached.
+struct Ports {
+    listen: Vec<SocketAddr>,
+    metrics: Option<SocketAddr>,
+    dispatch: Option<SocketAddr>,
 }
 
 /// A port, or an address with one.
@@ -125,18 +176,24 @@ fn metrics_address(text: &str) -> Result<SocketAddr, String> {
     }
 }
 
-fn serve(config: Config, listens: &[SocketAddr], metrics: Option<SocketAddr>, threads: Option<usize>) {
+fn serve(config: Config, ports: &Ports, threads: Option<usize>) {
     let threads = threads.or_else(|| std::thread::available_parallelism().ok().map(Into::into)).unwrap_or(1);
     let conf = FastContainer::server_conf(&config, threads);
     let mut server = Server::new_with_opt_and_conf(None, conf);
     server.bootstrap();
-    let (proxy, attendants) = FastContainer::new(config, listens.to_vec());
+    let (proxy, attendants) =
+        FastContainer::new(config, ports.listen.iter().chain(&ports.dispatch).copied().collect());
     let house = Arc::clone(proxy.house());
+    if let Some(address) = ports.dispatch {
+        let mut service = doorman::service(&server.configuration, proxy.dispatcher(), None);
+        service.add_tcp(&address.to_string());
+        server.add_service(service);
+    }
     let mut service = doorman::service(&server.configuration, proxy, None);
-    for address in listens {
+    for address in &ports.listen {
         service.add_tcp(&address.to_string());
     }
-    if let Some(address) = metrics {
+    if let Some(address) = ports.metrics {
         let mut page = Service::new("metrics".to_owned(), MetricsPage(Arc::clone(&house)));
         page.add_tcp(&address.to_string());
         page.threads = Some(1);

@@ -224,7 +224,7 @@ impl Row {
 
     fn add_app(&mut self, app: &AppRuntime) {
         self.add(&app.counts);
-        self.held += app.room.len() as u64;
+        self.held += app.waiting() as u64;
         self.in_flight += app.upstreams().iter().map(|one| u64::from(one.in_flight())).sum::<u64>();
     }
 

@@ -11,7 +11,10 @@ use pingora::{
     proxy::Session,
 };
 
-use crate::waiting::{self, Progress};
+use crate::{
+    dispatch,
+    waiting::{self, Progress},
+};
 
 /// Why a request is not answered by the app.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -58,11 +61,15 @@ pub enum Fault {
     TooSlow,
     /// A fault of the proxy or the launcher.
     Internal,
+    /// Another host's proxy sent it here, where it cannot be served; on which host there is an instance, if that is known.
+    Misdirected(Option<String>),
+    /// It came to the dispatcher, but from no proxy of the cluster.
+    Forged(&'static str),
 }
 
 impl Fault {
     /// All that [`Self::code`] gives, and what else the access log calls an error.
-    pub const CODES: [&str; 17] = [
+    pub const CODES: [&str; 19] = [
         "bad-request",
         "unknown-host",
         "start-failed",
@@ -80,6 +87,8 @@ impl Fault {
         "internal",
         "broken-off",
         "client-gone",
+        "misdirected",
+        "forged",
     ];
     /// Those that say that too many wait.
     pub const SHED: [&str; 2] = ["queue-full", "shed"];
@@ -94,8 +103,8 @@ impl Fault {
             RefusalCode::Backoff => Self::Backoff { retry_after },
             RefusalCode::Busy => Self::Busy { retry_after },
             RefusalCode::UnknownApp => Self::UnknownHost,
+            RefusalCode::Elsewhere => Self::Misdirected(refusal.elsewhere.clone()),
             RefusalCode::UnknownInstance
-            | RefusalCode::Elsewhere
             | RefusalCode::Forbidden
             | RefusalCode::BadRequest
             | RefusalCode::Internal => Self::Internal,
@@ -118,6 +127,8 @@ impl Fault {
             | Self::LauncherGone
             | Self::Stopping => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Misdirected(_) => StatusCode::MISDIRECTED_REQUEST,
+            Self::Forged(_) => StatusCode::FORBIDDEN,
         }
     }
 
@@ -140,6 +151,8 @@ impl Fault {
             Self::NoAnswer => "no-answer",
             Self::TooSlow => "too-slow",
             Self::Internal => "internal",
+            Self::Misdirected(_) => "misdirected",
+            Self::Forged(_) => "forged",
         }
     }
 
@@ -189,6 +202,8 @@ impl Fault {
             Self::NoAnswer => format!("{app} broke off without an answer."),
             Self::TooSlow => format!("{app} took too long to answer."),
             Self::Internal => "Something went wrong on our side.".to_owned(),
+            Self::Misdirected(_) => format!("{app} has no instance on this host."),
+            Self::Forged(why) => format!("Only the proxies of this cluster are served here: {why}."),
         }
     }
 }
@@ -254,6 +269,7 @@ fn render(
         )?;
     }
     header.insert_header(HeaderName::from_static("x-request-id"), request_id)?;
+    dispatch::mark(fault, &mut header)?;
     if let Some(seconds) = fault.retry_after() {
         header.insert_header(header::RETRY_AFTER, seconds)?;
     }

@@ -4,7 +4,7 @@ use std::{
     cell::RefCell,
     collections::{BTreeMap, HashMap},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst},
     },
     time::{Duration, Instant},
@@ -15,6 +15,7 @@ use cmdb::{
     App, AppName, AppRecord, Generation, State,
     app::Pick,
     cache::{CmCache, Tenant},
+    compute::Nodes,
 };
 use crossbeam_queue::SegQueue;
 use launcher_client::{Woken, wire::WakeTiming};
@@ -24,14 +25,17 @@ use crate::{
     balance,
     bill::{Bill, Bills},
     config::Config,
+    guests::Guests,
     hold::{Seats, WaitingRoom},
     link::Command,
     measure,
     metrics::{AppCounts, Metrics},
+    nodes::Hosts,
     pages::Fault,
     telemetry::{Telemetry, micros, millis},
     upstream::{Fitness, Upstream},
     waiting::Progress,
+    wake::Errands,
 };
 
 /// What all apps of one proxy share.
@@ -61,6 +65,10 @@ pub struct House {
     pub stopping: AtomicBool,
     /// What each app's visitors did.
     pub bills: Bills,
+    /// The hosts.
+    pub hosts: Hosts,
+    /// Wakes that other hosts have asked for.
+    pub errands: Errands,
     commands: mpsc::UnboundedSender<Command>,
     tenants: Mutex<HashMap<AppName, Weak<AppRuntime>>>,
 }
@@ -99,6 +107,8 @@ pub struct AppRuntime {
     pub spec: ArcSwap<App>,
     /// Requests that wait for an instance.
     pub room: Arc<WaitingRoom<Answer>>,
+    /// Those of them that another host's proxy sent here; made when the first one comes.
+    guests: OnceLock<Guests>,
     /// What was counted of its requests.
     pub counts: AppCounts,
     /// What its visitors did.
@@ -139,13 +149,16 @@ impl House {
     #[must_use]
     pub fn new(config: Config, cache: CmCache<AppTenant>) -> (Arc<Self>, mpsc::UnboundedReceiver<Command>) {
         let (commands, receiver) = mpsc::unbounded_channel();
+        let begun = Instant::now();
         let house = Self {
+            hosts: Hosts::new(&config, begun),
+            errands: Errands::default(),
             seats: Seats::new(config.hold_limit),
             cache,
             active: SegQueue::new(),
             metrics: Metrics::default(),
             telemetry: Telemetry::new(config.access_log),
-            begun: Instant::now(),
+            begun,
             linked: AtomicBool::new(false),
             synced: AtomicBool::new(false),
             informed: AtomicBool::new(false),
@@ -182,6 +195,13 @@ impl House {
     #[must_use]
     pub fn tick(&self, now: Instant) -> u64 {
         measure::tick(now.duration_since(self.begun))
+    }
+
+    /// The hosts are these from now on.
+    pub fn learn_hosts(&self, nodes: Nodes) {
+        self.hosts.learn(nodes);
+        // Whoever waits for an instance of one that has died waits for another from now on.
+        self.apps().iter().filter(|app| app.is_waited_for()).for_each(AppRuntime::knock);
     }
 
     /// Sends the launcher something, by way of the link.
@@ -232,6 +252,7 @@ impl AppRuntime {
             name: app.name.clone(),
             spec: ArcSwap::new(Arc::clone(&app)),
             room: WaitingRoom::new(),
+            guests: OnceLock::new(),
             counts: AppCounts::default(),
             bill: house.bills.of(&app.name),
             last_wake: ArcSwap::new(Arc::default()),
@@ -251,24 +272,43 @@ impl AppRuntime {
         runtime
     }
 
-    /// A place on a ready instance, if there is one; `held`: for a request that waited.
+    /// A place on a ready instance, if there is one; `held`: for a request that waited; `here`: on this host only.
     #[must_use]
-    pub fn acquire(self: &Arc<Self>, held: bool) -> Option<Lease> {
+    pub fn acquire(self: &Arc<Self>, held: bool, here: bool) -> Option<Lease> {
         let limit = self.limit.load(Relaxed);
         let how = if self.pick.load(Relaxed) == 0 { Pick::Random } else { Pick::P2c };
         let ready = self.ready.load();
-        let (load, enter) = (Upstream::in_flight, |one: &Upstream| one.enter(limit, held));
+        let load = Upstream::in_flight;
+        let enter = |one: &Upstream| (!here || one.is_here()) && one.enter(limit, held);
         let upstream = if self.ramping.load(Relaxed) {
             let share = self.shares(&ready);
             balance::pick(&ready, how, |one| load(one), Some(&share), |one| enter(one))?
         } else {
             balance::pick(&ready, how, |one| load(one), None, |one| enter(one))?
         };
+        Some(self.lease(upstream, held))
+    }
+
+    /// A place on the instance of this host that another host's proxy picked, or on another one of this host.
+    #[must_use]
+    pub fn acquire_for_guest(self: &Arc<Self>, picked: Generation) -> Option<Lease> {
+        if self.guests.get().is_some_and(|guests| !guests.room.is_empty()) {
+            return None;
+        }
+        let limit = self.limit.load(Relaxed);
+        let ready = self.ready.load();
+        match ready.iter().find(|one| one.generation == picked && one.is_here() && one.enter(limit, false)) {
+            Some(upstream) => Some(self.lease(upstream, false)),
+            None => self.acquire(false, true),
+        }
+    }
+
+    fn lease(self: &Arc<Self>, upstream: &Arc<Upstream>, held: bool) -> Lease {
         upstream.requests.fetch_add(1, Relaxed);
-        if !upstream.listed.load(Relaxed) && !upstream.listed.swap(true, SeqCst) {
+        if !upstream.listed.load(Relaxed) && upstream.is_here() && !upstream.listed.swap(true, SeqCst) {
             self.house.active.push(Arc::clone(upstream));
         }
-        Some(Lease { upstream: Arc::clone(upstream), app: Arc::clone(self), opening: AtomicBool::new(held) })
+        Lease { upstream: Arc::clone(upstream), app: Arc::clone(self), opening: AtomicBool::new(held) }
     }
 
     /// Each instance's share at this moment, while some of them grow.
@@ -284,7 +324,19 @@ impl AppRuntime {
     /// Whether an instance is ready.
     #[must_use]
     pub fn is_warm(&self) -> bool {
-        !self.ready.load().is_empty()
+        self.ready.load().iter().any(|one| one.fitness() == Fitness::Ready)
+    }
+
+    /// Whether anybody waits.
+    #[must_use]
+    pub fn is_waited_for(&self) -> bool {
+        !self.room.is_empty() || self.guests.get().is_some_and(|guests| !guests.room.is_empty())
+    }
+
+    /// Where a request waits; `guest`: it came from another host's proxy.
+    #[must_use]
+    pub fn room_for(&self, guest: bool) -> &Arc<WaitingRoom<Answer>> {
+        if guest { &self.guests.get_or_init(Guests::new).room } else { &self.room }
     }
 
     /// Seconds until those who wait now may have been served: as fast as the instances answer at the moment, or as long as the
@@ -323,18 +375,30 @@ impl AppRuntime {
             return;
         }
         self.serve();
-        if !self.room.is_empty() && self.ready.load().is_empty() && !self.waking.swap(true, SeqCst) {
+        if !self.room.is_empty() && !self.is_warm() && !self.waking.swap(true, SeqCst) {
             self.waking_since.store(millis(self.house.begun.elapsed()), Relaxed);
             self.house.command(Command::Wake(Arc::clone(self)));
+        }
+        let Some(guests) = self.guests.get() else { return };
+        let warm = || self.ready.load().iter().any(|one| one.is_here() && one.fitness() == Fitness::Ready);
+        if !guests.room.is_empty() && !warm() && guests.begin_waking() {
+            self.house.command(Command::WakeForGuests(Arc::clone(self)));
         }
     }
 
     /// Gives places to those who wait, in their order, as far as there are any.
     pub fn serve(self: &Arc<Self>) {
-        while !self.room.is_empty() {
-            let Some(lease) = self.acquire(true) else { return };
+        self.serve_in(&self.room, false);
+        if let Some(guests) = self.guests.get() {
+            self.serve_in(&guests.room, true);
+        }
+    }
+
+    fn serve_in(self: &Arc<Self>, room: &WaitingRoom<Answer>, here: bool) {
+        while !room.is_empty() {
+            let Some(lease) = self.acquire(true, here) else { return };
             // When everybody has left meanwhile, dropping the lease gives the place back.
-            if self.room.serve(Answer::Lease(lease)).is_err() {
+            if room.serve(Answer::Lease(lease)).is_err() {
                 return;
             }
         }
@@ -342,7 +406,16 @@ impl AppRuntime {
 
     /// Tells everybody who waits that there will be no instance.
     pub fn refuse(&self, fault: &Fault) {
-        self.room.serve_all(|| Answer::Refused(fault.clone()));
+        self.refuse_in(false, fault);
+        self.refuse_in(true, fault);
+    }
+
+    /// The same to the guests, or to all others.
+    pub fn refuse_in(&self, guests: bool, fault: &Fault) {
+        let room = if guests { self.guests.get().map(|guests| &guests.room) } else { Some(&self.room) };
+        if let Some(room) = room {
+            room.serve_all(|| Answer::Refused(fault.clone()));
+        }
     }
 
     /// The waker found or made an instance. Returns false when the instance is known to have ended since.
@@ -355,13 +428,16 @@ impl AppRuntime {
         }
         let beside = self.is_beside_others(&known);
         let (upstream, _) = known.upstreams.entry(woken.generation).or_insert_with(|| {
-            (Arc::new(self.upstream(woken.generation, woken.port, Fitness::Ready, beside)), Instant::now())
+            let upstream = self.upstream_here(woken.generation, woken.port, Fitness::Ready, beside);
+            (Arc::new(upstream), Instant::now())
         });
         if !upstream.revive() {
             return false;
         }
-        upstream.stock().expect(woken.sockets.len());
-        upstream.stock().put(woken.sockets);
+        if let Some(stock) = upstream.stock() {
+            stock.expect(woken.sockets.len());
+            stock.put(woken.sockets);
+        }
         self.last_wake.store(Arc::new((woken.generation, woken.timing)));
         self.publish(&known);
         drop(known);
@@ -369,16 +445,51 @@ impl AppRuntime {
         true
     }
 
-    /// The waker has ended, successfully or not.
-    pub fn wake_ended(self: &Arc<Self>) {
-        self.waking.store(false, SeqCst);
+    /// Another host found or made an instance. Returns false when the instance is known to have ended since.
+    pub fn woken_elsewhere(self: &Arc<Self>, node: &str, generation: Generation, timing: WakeTiming) -> bool {
+        let mut known = self.known();
+        let ended =
+            known.record.generation >= generation && !known.record.instances.contains_key(&generation);
+        if ended {
+            return false;
+        }
+        let beside = self.is_beside_others(&known);
+        let (upstream, _) = known.upstreams.entry(generation).or_insert_with(|| {
+            let upstream = self.upstream(generation, node, 0, Fitness::Ready, beside);
+            (Arc::new(upstream), Instant::now())
+        });
+        if !upstream.revive() {
+            return false;
+        }
+        self.last_wake.store(Arc::new((generation, timing)));
+        self.publish(&known);
+        drop(known);
+        self.serve();
+        true
+    }
+
+    /// The waker has ended, successfully or not; `guests`: theirs.
+    pub fn wake_ended(self: &Arc<Self>, guests: bool) {
+        match self.guests.get().filter(|_| guests) {
+            Some(guests) => guests.end_waking(),
+            None => self.waking.store(false, SeqCst),
+        }
         // Who came between the answer and this line has not started a waker.
-        if !self.room.is_empty() {
+        if self.is_waited_for() {
             self.knock();
         }
     }
 
-    /// Connecting to an instance failed: it is not picked until the launcher says that it is well, or for two seconds.
+    /// Connecting to an instance failed: it is not picked until the launcher says that it is well, or for two seconds. On
+    /// another host: none of that host is.
+    pub fn unreachable(self: &Arc<Self>, upstream: &Upstream, reason: String) {
+        match upstream.remote() {
+            Some(remote) => remote.suspect(&reason),
+            None => self.suspect(upstream, reason),
+        }
+    }
+
+    /// Something is wrong with this instance: it is not picked until the launcher says that it is well, or for two seconds.
     pub fn suspect(self: &Arc<Self>, upstream: &Upstream, reason: String) {
         if upstream.suspect(reason) {
             let mut known = self.known();
@@ -397,7 +508,7 @@ impl AppRuntime {
             if upstream.fitness() == Fitness::Suspect && since.elapsed().as_secs() >= 2 {
                 forgiven |= upstream.revive();
             }
-            if !self.room.is_empty() {
+            if self.is_waited_for() {
                 upstream.allow_burst();
             }
         }
@@ -405,9 +516,21 @@ impl AppRuntime {
             self.publish(&known);
         }
         drop(known);
-        if !self.room.is_empty() {
+        if self.is_waited_for() {
             self.knock();
         }
+    }
+
+    /// How many wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.room.len() + self.guests.get().map_or(0, |guests| guests.room.len())
+    }
+
+    /// What the CMDB knew last of its instances.
+    #[must_use]
+    pub fn record(&self) -> Arc<AppRecord> {
+        Arc::clone(&self.known().record)
     }
 
     /// All instances that this proxy knows.
@@ -476,7 +599,8 @@ impl AppRuntime {
                 None => {
                     let begun = if fitness == Fitness::Draining { Fitness::Ready } else { fitness };
                     let beside = begun == Fitness::Ready && self.is_beside_others(&known);
-                    let upstream = Arc::new(self.upstream(instance.generation, instance.port, begun, beside));
+                    let (node, port) = (&instance.node, instance.port);
+                    let upstream = Arc::new(self.upstream(instance.generation, node, port, begun, beside));
                     if fitness == Fitness::Draining {
                         upstream.drain();
                     }
@@ -487,7 +611,7 @@ impl AppRuntime {
         known.record = record;
         self.publish(&known);
         drop(known);
-        if !self.room.is_empty() {
+        if self.is_waited_for() {
             self.knock();
         }
     }
@@ -529,9 +653,28 @@ impl AppRuntime {
         self.ramping.store(ramping, Relaxed);
     }
 
-    fn upstream(&self, generation: Generation, port: u16, fitness: Fitness, beside: bool) -> Upstream {
+    fn upstream(
+        &self,
+        generation: Generation,
+        node: &str,
+        port: u16,
+        fitness: Fitness,
+        beside: bool,
+    ) -> Upstream {
+        if self.house.hosts.is_own(node) {
+            return self.upstream_here(generation, port, fitness, beside);
+        }
+        let remote = self.house.hosts.remote(node);
         let commands = self.house.commands.clone();
-        let mut upstream = Upstream::new(&self.name, generation, port, fitness, &self.house.config, commands);
+        self.begun(Upstream::elsewhere(&self.name, generation, remote, fitness, commands), beside)
+    }
+
+    fn upstream_here(&self, generation: Generation, port: u16, fitness: Fitness, beside: bool) -> Upstream {
+        let commands = self.house.commands.clone();
+        self.begun(Upstream::new(&self.name, generation, port, fitness, &self.house.config, commands), beside)
+    }
+
+    fn begun(&self, mut upstream: Upstream, beside: bool) -> Upstream {
         upstream.is_added = beside;
         if !self.house.informed.load(SeqCst) {
             // What the first sync brings was there before this proxy.
@@ -550,7 +693,7 @@ impl Lease {
     pub fn first_byte(&self, tick: u64, us: u64) {
         self.upstream.first_byte(tick, us);
         let slow_us = self.app.slow_us.load(Relaxed);
-        if us > slow_us && self.upstream.breaches(tick, slow_us) {
+        if us > slow_us && self.upstream.is_here() && self.upstream.breaches(tick, slow_us) {
             self.app.counts.breach();
             self.app.house.command(Command::Breach(Arc::clone(&self.upstream)));
         }
@@ -560,7 +703,7 @@ impl Lease {
     pub fn opened(&self) {
         if self.opening.load(Relaxed) && self.opening.swap(false, SeqCst) {
             self.upstream.opened();
-            if !self.app.room.is_empty() {
+            if self.app.is_waited_for() {
                 self.app.serve();
             }
         }
@@ -573,7 +716,7 @@ impl Drop for Lease {
             self.upstream.opened();
         }
         self.upstream.leave();
-        if !self.app.room.is_empty() {
+        if self.app.is_waited_for() {
             self.app.serve();
         }
     }

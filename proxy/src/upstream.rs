@@ -18,6 +18,7 @@ use crate::{
     config::Config,
     link::Command,
     measure::Window,
+    nodes::Remote,
     stock::{Dialler, Stock},
 };
 
@@ -74,14 +75,26 @@ pub struct Upstream {
     progress: AtomicBool,
     answered: AtomicBool,
     quiesced: AtomicBool,
-    stock: Arc<Stock>,
-    peer: HttpPeer,
-    upgrade_peer: HttpPeer,
+    reach: Reach,
     commands: mpsc::UnboundedSender<Command>,
 }
 
+/// How an instance is reached.
+#[derive(Debug)]
+enum Reach {
+    /// It runs on this host: through sockets that were born in its network namespace.
+    Here { stock: Arc<Stock>, peer: Box<HttpPeer>, upgrade_peer: Box<HttpPeer> },
+    /// By way of the dispatcher of the host that it runs on. Its launcher hears of it from there.
+    There(Arc<Remote>),
+}
+
+/// A key of Pingora's connection pool that nobody else has.
+pub(crate) fn next_group_key() -> u64 {
+    NEXT_GROUP_KEY.fetch_add(1, Relaxed)
+}
+
 impl Upstream {
-    /// An instance that listens on `port`.
+    /// An instance of this host that listens on `port`.
     #[must_use]
     pub fn new(
         app: &AppName,
@@ -95,7 +108,7 @@ impl Upstream {
         let stock = Arc::new(Stock::new(app, generation, address, commands.clone()));
         let peer = |upgrade| {
             let mut peer = HttpPeer::new(address, false, String::new());
-            peer.group_key = NEXT_GROUP_KEY.fetch_add(1, Relaxed);
+            peer.group_key = next_group_key();
             peer.options.custom_l4 = Some(Arc::new(Dialler::new(Arc::clone(&stock), upgrade)));
             peer.options.connection_timeout = Some(config.connect_timeout);
             peer.options.total_connection_timeout = Some(config.connect_timeout);
@@ -103,8 +116,31 @@ impl Upstream {
             peer.options.write_timeout = Some(config.write_timeout);
             peer.options.idle_timeout = Some(if upgrade { Duration::ZERO } else { config.idle_timeout });
             peer.options.http_upstream_request_policy = HttpUpstreamRequestPolicy::standard();
-            peer
+            Box::new(peer)
         };
+        let (peer, upgrade_peer) = (peer(false), peer(true));
+        Self::reached_by(Reach::Here { stock, peer, upgrade_peer }, app, generation, fitness, commands)
+    }
+
+    /// An instance of another host.
+    #[must_use]
+    pub fn elsewhere(
+        app: &AppName,
+        generation: Generation,
+        remote: Arc<Remote>,
+        fitness: Fitness,
+        commands: mpsc::UnboundedSender<Command>,
+    ) -> Self {
+        Self::reached_by(Reach::There(remote), app, generation, fitness, commands)
+    }
+
+    fn reached_by(
+        reach: Reach,
+        app: &AppName,
+        generation: Generation,
+        fitness: Fitness,
+        commands: mpsc::UnboundedSender<Command>,
+    ) -> Self {
         Self {
             app: app.clone(),
             generation,
@@ -121,9 +157,7 @@ impl Upstream {
             progress: AtomicBool::new(false),
             answered: AtomicBool::new(false),
             quiesced: AtomicBool::new(false),
-            peer: peer(false),
-            upgrade_peer: peer(true),
-            stock,
+            reach,
             commands,
         }
     }
@@ -132,6 +166,7 @@ impl Upstream {
     #[must_use]
     pub fn fitness(&self) -> Fitness {
         match self.fitness.load(SeqCst) {
+            0 if self.remote().is_some_and(|remote| !remote.is_fit()) => Fitness::Suspect,
             0 => Fitness::Ready,
             1 => Fitness::Suspect,
             2 => Fitness::Frozen,
@@ -223,7 +258,7 @@ impl Upstream {
     /// Connecting to it failed. Returns whether it was thought fit.
     pub fn suspect(&self, reason: String) -> bool {
         let changed = self.swap_from_ready(Fitness::Suspect);
-        if changed {
+        if changed && self.is_here() {
             let (app, generation) = (self.app.clone(), self.generation);
             let _ = self.commands.send(Command::Suspect { app, generation, reason });
         }
@@ -256,7 +291,7 @@ impl Upstream {
     /// It is no more.
     pub fn gone(&self) {
         self.fitness.fetch_max(Fitness::Gone as u8, SeqCst);
-        self.stock.close();
+        self.close();
     }
 
     /// Tells a launcher that has not heard it yet.
@@ -300,22 +335,50 @@ impl Upstream {
 
     /// It answered; the launcher hears of the first time.
     pub fn answered(&self) {
-        if !self.answered.load(Relaxed) && !self.answered.swap(true, SeqCst) {
+        if !self.answered.load(Relaxed) && !self.answered.swap(true, SeqCst) && self.is_here() {
             let (app, generation) = (self.app.clone(), self.generation);
             let _ = self.commands.send(Command::FirstByte { app, generation });
         }
     }
 
-    /// Where Pingora is to connect to; `upgrade` for WebSocket handshakes.
+    /// Where Pingora is to connect to; `upgrade` for WebSocket handshakes. `None`: its host is not known any more.
     #[must_use]
-    pub fn peer(&self, upgrade: bool) -> Box<HttpPeer> {
-        Box::new(if upgrade { self.upgrade_peer.clone() } else { self.peer.clone() })
+    pub fn peer(&self, upgrade: bool) -> Option<Box<HttpPeer>> {
+        match &self.reach {
+            Reach::Here { upgrade_peer, .. } if upgrade => Some(upgrade_peer.clone()),
+            Reach::Here { peer, .. } => Some(peer.clone()),
+            Reach::There(remote) => remote.peer(upgrade),
+        }
     }
 
-    /// Its sockets.
+    /// Its sockets, if it is on this host.
     #[must_use]
-    pub fn stock(&self) -> &Arc<Stock> {
-        &self.stock
+    pub fn stock(&self) -> Option<&Arc<Stock>> {
+        match &self.reach {
+            Reach::Here { stock, .. } => Some(stock),
+            Reach::There(_) => None,
+        }
+    }
+
+    /// The host that it is on, if that is another one.
+    #[must_use]
+    pub fn remote(&self) -> Option<&Arc<Remote>> {
+        match &self.reach {
+            Reach::Here { .. } => None,
+            Reach::There(remote) => Some(remote),
+        }
+    }
+
+    /// Whether it is on this host.
+    #[must_use]
+    pub fn is_here(&self) -> bool {
+        self.remote().is_none()
+    }
+
+    fn close(&self) {
+        if let Some(stock) = self.stock() {
+            stock.close();
+        }
     }
 
     fn swap_from_ready(&self, to: Fitness) -> bool {
@@ -323,6 +386,9 @@ impl Upstream {
     }
 
     fn tell_quiesced(&self) {
+        if !self.is_here() {
+            return;
+        }
         let (app, generation) = (self.app.clone(), self.generation);
         let _ = self.commands.send(Command::Quiesced { app, generation });
     }
@@ -330,7 +396,7 @@ impl Upstream {
     fn quiesce(&self) {
         if self.fitness() == Fitness::Draining && !self.quiesced.swap(true, SeqCst) {
             // Spare sockets would keep the instance's network namespace alive.
-            self.stock.close();
+            self.close();
             self.tell_quiesced();
         }
     }
@@ -409,7 +475,8 @@ mod tests {
     fn no_two_instances_share_pooled_connections() {
         let (one, _a) = upstream();
         let (other, _b) = upstream();
-        assert_ne!(one.peer(false).group_key, other.peer(false).group_key);
-        assert_ne!(one.peer(false).group_key, one.peer(true).group_key);
+        let key = |one: &Upstream, upgrade| one.peer(upgrade).unwrap().group_key;
+        assert_ne!(key(&one, false), key(&other, false));
+        assert_ne!(key(&one, false), key(&one, true));
     }
 }

@@ -36,7 +36,7 @@ async fn five_hundred_first_requests_wake_one_instance_and_are_all_answered() {
     assert_eq!(web.count(), 500);
     assert_eq!(proxy.held(), 0);
     // Thousands of quiet apps share the descriptors of one process.
-    let stock = Arc::clone(proxy.house.apps()[0].upstreams()[0].stock());
+    let stock = Arc::clone(proxy.house.apps()[0].upstreams()[0].stock().unwrap());
     eventually(|| stock.len() <= 2).await;
 }
 

@@ -10,6 +10,6 @@ use crate::{pages::Fault, tenant::House};
 /// # Errors
 /// [`Fault::Stopping`] when nothing warm could serve it and the proxy ends before a wake would.
 pub fn admit(house: &House, ctx: &Ctx) -> Result<(), Fault> {
-    let warm = ctx.app.as_ref().is_some_and(|app| app.is_warm());
-    if house.stopping.load(Relaxed) && !warm { Err(Fault::Stopping) } else { Ok(()) }
+    let warm = || ctx.app.as_ref().is_some_and(|app| app.is_warm());
+    if house.stopping.load(Relaxed) && !warm() { Err(Fault::Stopping) } else { Ok(()) }
 }

@@ -9,8 +9,15 @@ use pingora::{
     proxy::Session,
 };
 
-use super::{Ctx, client_ip};
-use crate::{measure::Part, pages::Fault, telemetry::micros, tenant::House};
+use super::Ctx;
+use crate::{
+    dispatch::{self, INSTANCE},
+    measure::Part,
+    pages::Fault,
+    remote,
+    telemetry::micros,
+    tenant::House,
+};
 
 // As text, for of a `HeaderName` Pingora makes a copy to keep its case.
 const FORWARDED_FOR: &str = "X-Forwarded-For";
@@ -19,24 +26,23 @@ const FORWARDED_HOST: &str = "X-Forwarded-Host";
 const REAL_IP: &str = "X-Real-IP";
 const REQUEST_ID: &str = "X-Request-ID";
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
-const INSTANCE: HeaderName = HeaderName::from_static("x-fastcontainer-instance");
 
 /// Sets the headers that tell the app who asks. What the client says of itself is replaced, unless it is trusted.
 ///
 /// # Errors
 /// None in practice: all values are well-formed.
-pub fn request_headers(
-    house: &House,
-    session: &Session,
-    ctx: &Ctx,
-    request: &mut RequestHeader,
-) -> pingora::Result<()> {
-    let client = client_ip(session);
+pub fn request_headers(house: &House, ctx: &Ctx, request: &mut RequestHeader) -> pingora::Result<()> {
+    if ctx.hop.is_some() {
+        // The proxy that the client came to has said it all, sealed.
+        return Ok(());
+    }
+    let remote = ctx.lease.as_ref().and_then(|lease| lease.upstream.remote());
+    let client = ctx.client;
     let trusted = client.is_some_and(|client| house.config.trusts(client));
     if !trusted {
         strip_claims(request);
     }
-    let tls = session.digest().is_some_and(|digest| digest.ssl_digest.is_some());
+    let tls = ctx.https;
     if !request.headers.contains_key(FORWARDED_PROTO) {
         request
             .insert_header(FORWARDED_PROTO, HeaderValue::from_static(if tls { "https" } else { "http" }))?;
@@ -61,21 +67,27 @@ pub fn request_headers(
         }
     }
     request.insert_header(REQUEST_ID, ctx.request_id.as_str())?;
-    Ok(())
+    match remote {
+        Some(remote) => remote::seal(house, ctx, remote, request),
+        None => Ok(()),
+    }
 }
 
 /// Adds what the client asked to know.
 ///
 /// # Errors
 /// None in practice: all values are well-formed.
-pub fn response_headers(ctx: &Ctx, response: &mut ResponseHeader) -> pingora::Result<()> {
+pub fn response_headers(house: &House, ctx: &Ctx, response: &mut ResponseHeader) -> pingora::Result<()> {
     // Ours alone; an app that forges them is not believed.
     response.remove_header(&INSTANCE);
+    if ctx.hop.is_some() {
+        dispatch::response_headers(house, ctx, response)?;
+    }
     if !ctx.timing_wanted {
         return Ok(());
     }
     response.insert_header(REQUEST_ID, ctx.request_id.as_str())?;
-    if let (Some(app), Some(generation)) = (&ctx.app, ctx.generation) {
+    if let (None, Some(app), Some(generation)) = (&ctx.hop, &ctx.app, ctx.generation) {
         response.insert_header(INSTANCE, format!("{}.{generation}", app.name))?;
     }
     let ms = |us: u64| format!("{}.{:03}", us / 1_000, us % 1_000);
@@ -111,10 +123,10 @@ pub fn response_headers(ctx: &Ctx, response: &mut ResponseHeader) -> pingora::Re
 pub fn unconnected(ctx: &mut Ctx, mut error: Box<Error>) -> Box<Error> {
     ctx.unconnected += 1;
     if let (Some(app), Some(lease)) = (&ctx.app, &ctx.lease)
-        && *error.etype() != ErrorType::ConnectTimedout
+        && (*error.etype() != ErrorType::ConnectTimedout || ctx.away)
     {
         // A full accept queue times out, but its app lives; who refuses is dead, or about to be.
-        app.suspect(&lease.upstream, error.to_string());
+        app.unreachable(&lease.upstream, error.to_string());
     }
     ctx.lease = None;
     error.set_retry(true);
@@ -125,6 +137,22 @@ pub fn unconnected(ctx: &mut Ctx, mut error: Box<Error>) -> Box<Error> {
 #[must_use]
 pub fn broken_off(session: &Session, ctx: &mut Ctx, mut error: Box<Error>) -> Box<Error> {
     let upstream = *error.esource() == ErrorSource::Upstream;
+    if ctx.away
+        && upstream
+        && let (Some(app), Some(lease)) = (&ctx.app, &ctx.lease)
+    {
+        if ctx.misdirected {
+            app.suspect(&lease.upstream, "its host does not have it".to_owned());
+        } else if remote::is_unreachable(&error) {
+            app.unreachable(&lease.upstream, error.to_string());
+        }
+    }
+    if remote::goes_on(ctx) {
+        // No app has seen it. What was sent must be there to be sent again.
+        error.set_retry(!session.as_ref().retry_buffer_truncated());
+        ctx.lease = None;
+        return error;
+    }
     let again = upstream
         && ctx.resent == 0
         && !ctx.answered

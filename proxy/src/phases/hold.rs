@@ -31,7 +31,8 @@ pub async fn hold(session: &mut Session, ctx: &mut Ctx, app: &Arc<AppRuntime>) -
     let hold = app.spec.load().hold.clone();
     let deadline = Instant::from_std(ctx.watch.begun() + hold.timeout);
     let shed = || Answer::Shed;
-    let mut place = match app.room.enter(hold.queue as usize, &app.house().seats, shed) {
+    let mut place = match app.room_for(ctx.hop.is_some()).enter(hold.queue as usize, &app.house().seats, shed)
+    {
         Ok(place) => place,
         Err(Full::Room) => return Err(ctx.fail(Fault::QueueFull { retry_after: app.retry_after() })),
         Err(Full::All) => return Err(ctx.fail(Fault::Shed { retry_after: app.retry_after() })),

@@ -4,7 +4,7 @@ use std::time::SystemTime;
 
 use pingora::{Error, proxy::Session};
 
-use super::{Ctx, client_ip};
+use super::Ctx;
 use crate::{
     measure::Part,
     metrics::Outcome,
@@ -17,7 +17,11 @@ use crate::{
 pub fn log(house: &House, session: &Session, error: Option<&Error>, ctx: &mut Ctx) {
     ctx.lease = None;
     ctx.watch.stop();
-    if let Some(app) = &ctx.app {
+    if ctx.errand {
+        return;
+    }
+    // Whichever host serves a request puts it on the bill.
+    if let Some(app) = ctx.app.as_ref().filter(|_| !ctx.away) {
         app.bill.add(session.body_bytes_read(), session.body_bytes_sent(), ctx.watch.spent(Part::Hold));
     }
     let error = match (&ctx.fault, error) {
@@ -45,7 +49,7 @@ pub fn log(house: &House, session: &Session, error: Option<&Error>, ctx: &mut Ct
     house.telemetry.push(Record {
         request_id: ctx.request_id,
         ended: SystemTime::now(),
-        client: client_ip(session),
+        client: ctx.client,
         said: Said::of(session.req_header(), house.telemetry.format()),
         status,
         bytes: session.body_bytes_sent(),

@@ -7,6 +7,7 @@ use std::{net::IpAddr, sync::Arc};
 use pingora::{protocols::l4::socket::SocketAddr, proxy::Session};
 
 use crate::{
+    dispatch::Hop,
     measure::Stopwatch,
     pages::Fault,
     telemetry::RequestId,
@@ -26,6 +27,20 @@ pub mod resolve;
 pub struct Ctx {
     /// Where its time goes.
     pub watch: Stopwatch,
+    /// Who asks: the address at the other end, or what a proxy that is believed says of it.
+    pub client: Option<IpAddr>,
+    /// Whether the client came by TLS.
+    pub https: bool,
+    /// What another host's proxy says of it; `None`: it came from a client.
+    pub hop: Option<Hop>,
+    /// Whether it is none of a visitor: a proxy has asked for a wake.
+    pub errand: bool,
+    /// Whether the dispatcher that it was sent to has not taken it.
+    pub misdirected: bool,
+    /// How often that was so.
+    pub moves: u32,
+    /// Whether another host serves it, and counts it.
+    pub away: bool,
     /// Its id; `x-request-id`.
     pub request_id: RequestId,
     /// Its app, once resolved.
@@ -58,6 +73,13 @@ impl Ctx {
     pub fn new() -> Self {
         Self {
             watch: Stopwatch::begin(),
+            client: None,
+            https: false,
+            hop: None,
+            errand: false,
+            misdirected: false,
+            moves: 0,
+            away: false,
             request_id: RequestId::random(),
             app: None,
             lease: None,

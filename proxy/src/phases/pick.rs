@@ -1,9 +1,9 @@
 //! A place on an instance: at once if one is ready and nobody waits, otherwise after a hold.
 
 use http::header;
-use pingora::{proxy::Session, upstreams::peer::HttpPeer};
+use pingora::{Error, ErrorType, proxy::Session, upstreams::peer::HttpPeer};
 
-use super::{Ctx, hold};
+use super::{Ctx, forward, hold};
 use crate::{measure::Part, pages::Fault};
 
 /// Takes a place for the request and says where to connect to. Called again for each attempt.
@@ -18,16 +18,24 @@ pub async fn pick(session: &mut Session, ctx: &mut Ctx) -> pingora::Result<Box<H
         hold::pause(session, ctx, &app).await?;
     }
     // Who waits goes before who comes.
-    let at_once = if app.room.is_empty() { app.acquire(false) } else { None };
+    let at_once = match &ctx.hop {
+        None if app.room.is_empty() => app.acquire(false, false),
+        None => None,
+        Some(hop) => app.acquire_for_guest(hop.generation),
+    };
     let lease = match at_once {
         Some(lease) => lease,
         None => hold::hold(session, ctx, &app).await?,
     };
     ctx.watch.enter(Part::Connect);
     ctx.generation = Some(lease.upstream.generation);
+    ctx.away = !lease.upstream.is_here();
     let peer = lease.upstream.peer(is_websocket(session));
     ctx.lease = Some(lease);
-    Ok(peer)
+    // Its host was forgotten in this moment: as if it could not be connected to.
+    peer.ok_or_else(|| {
+        forward::unconnected(ctx, Error::explain(ErrorType::ConnectNoRoute, "nobody knows where its host is"))
+    })
 }
 
 fn is_websocket(session: &Session) -> bool {

@@ -7,7 +7,7 @@ use cmdb::cache::canonical_host;
 use http::{HeaderName, Method, Version, header};
 use pingora::{http::RequestHeader, proxy::Session};
 
-use super::Ctx;
+use super::{Ctx, client_ip};
 use crate::{
     pages::Fault,
     telemetry::RequestId,
@@ -19,13 +19,25 @@ pub const TIMING: HeaderName = HeaderName::from_static("x-fastcontainer-timing")
 /// A request's id.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Headers that are ours alone; stripped from outside.
-const INTERNAL: &str = "x-fastcontainer-";
+pub(crate) const INTERNAL: &str = "x-fastcontainer-";
 
 /// Finds the app, and prepares `ctx` and the request.
 ///
 /// # Errors
 /// What is wrong with the request.
 pub fn resolve(house: &House, session: &mut Session, ctx: &mut Ctx) -> Result<(), Fault> {
+    ctx.client = client_ip(session);
+    ctx.https = session.digest().is_some_and(|digest| digest.ssl_digest.is_some());
+    check(session, ctx)?;
+    ctx.app = Some(find(house, session.req_header())?);
+    Ok(())
+}
+
+/// Whether the request is fit to be passed on; what of it is ours alone is noted, and taken out.
+///
+/// # Errors
+/// What is wrong with the request.
+pub(crate) fn check(session: &mut Session, ctx: &mut Ctx) -> Result<(), Fault> {
     check_raw_framing(session)?;
     let request = session.req_header_mut();
     if let Some(id) = request.headers.get(REQUEST_ID).and_then(|id| RequestId::parse(id.as_bytes())) {
@@ -37,11 +49,14 @@ pub fn resolve(house: &House, session: &mut Session, ctx: &mut Ctx) -> Result<()
     for name in internal {
         request.remove_header(&name);
     }
-    ctx.app = Some(find(house, request)?);
     Ok(())
 }
 
-fn find(house: &House, request: &RequestHeader) -> Result<Arc<AppRuntime>, Fault> {
+/// The app that the request's host name belongs to.
+///
+/// # Errors
+/// There is none, or the name is malformed.
+pub(crate) fn find(house: &House, request: &RequestHeader) -> Result<Arc<AppRuntime>, Fault> {
     let mut hosts = request.headers.get_all(header::HOST).iter();
     let (host, another) = (hosts.next(), hosts.next());
     if another.is_some() {

@@ -13,9 +13,10 @@ use std::{
 use cmdb::{
     App, AppName, AppRecord, Generation, Instance, State,
     app::{Container, Hold, Lifecycle, Pick, Resources, Scale},
+    compute::{Compute, Node, Nodes},
     units::Bytes,
 };
-use fastcontainer_proxy::{Config, FastContainer, doorman, tenant::House};
+use fastcontainer_proxy::{Config, FastContainer, config::Cluster, doorman, seal::ClusterKey, tenant::House};
 use launcher_client::{
     packet,
     paths::StateDir,
@@ -32,6 +33,8 @@ mod web;
 
 pub use web::*;
 
+/// What the proxies of a cluster share.
+pub const KEY: &[u8] = b"0123456789abcdef0123456789abcdef";
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Stands in for the launcher (which needs root): speaks its protocol, and "starts" apps that run in the test already.
@@ -54,6 +57,11 @@ pub struct Script {
 
 #[derive(Default)]
 pub struct Shared {
+    /// The name of its host; what it starts is there.
+    node: String,
+    nodes: Mutex<Nodes>,
+    /// Those whose CMDB is the same: they hear of what this one starts.
+    others: Mutex<Vec<Arc<Shared>>>,
     apps: Mutex<HashMap<AppName, FakeApp>>,
     heard: Mutex<Vec<Request>>,
     changes: Mutex<Vec<mpsc::UnboundedSender<Reply>>>,
@@ -69,11 +77,20 @@ struct FakeApp {
 
 impl FakeLauncher {
     pub fn start() -> Self {
+        Self::start_on("here")
+    }
+
+    /// On a host of that name.
+    pub fn start_on(node: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let state = StateDir::new(folder.path());
         std::fs::create_dir_all(state.run()).unwrap();
         std::fs::create_dir_all(state.proxy()).unwrap();
-        let launcher = Self { state, shared: Arc::default(), _folder: folder };
+        let launcher = Self {
+            state,
+            shared: Arc::new(Shared { node: node.into(), ..Shared::default() }),
+            _folder: folder,
+        };
         launcher.listen();
         launcher
     }
@@ -104,6 +121,18 @@ impl FakeLauncher {
         let reply = Reply::Put { app: Arc::clone(&app), record: Arc::new(record.clone()) };
         self.shared.apps.lock().unwrap().insert(app.name.clone(), FakeApp { app, record, script, wakes: 0 });
         self.shared.tell(reply);
+    }
+
+    /// From now on others hear of what this one starts.
+    pub fn share_with(&self, others: &[&Self]) {
+        *self.shared.others.lock().unwrap() = others.iter().map(|other| Arc::clone(&other.shared)).collect();
+    }
+
+    /// The hosts are these from now on.
+    pub fn set_nodes(&self, nodes: &[Node]) {
+        let nodes: Nodes = nodes.into();
+        *self.shared.nodes.lock().unwrap() = Arc::clone(&nodes);
+        self.shared.tell(Reply::Nodes { nodes });
     }
 
     pub fn script(&self, app: &str, change: impl FnOnce(&mut Script)) {
@@ -154,6 +183,13 @@ impl FakeLauncher {
 }
 
 impl Shared {
+    fn learn(&self, name: &AppName, record: &AppRecord) {
+        let mut apps = self.apps.lock().unwrap();
+        let Some(app) = apps.get_mut(name) else { return };
+        app.record = record.clone();
+        self.tell(Reply::Put { app: Arc::clone(&app.app), record: Arc::new(record.clone()) });
+    }
+
     fn tell(&self, reply: Reply) {
         self.changes.lock().unwrap().retain(|sender| sender.send(reply.clone()).is_ok());
     }
@@ -194,8 +230,10 @@ async fn answer(
             let present: Vec<_> = {
                 let apps = shared.apps.lock().unwrap();
                 shared.changes.lock().unwrap().push(sender);
+                let nodes = Arc::clone(&shared.nodes.lock().unwrap());
                 apps.values()
                     .map(|app| Reply::Put { app: Arc::clone(&app.app), record: Arc::new(app.record.clone()) })
+                    .chain((!nodes.is_empty()).then_some(Reply::Nodes { nodes }))
                     .chain([Reply::Synced])
                     .collect()
             };
@@ -233,7 +271,13 @@ async fn answer(
                 if ready.is_none() {
                     app.record.rev += 1;
                     app.record.generation = generation;
-                    app.record.instances.insert(generation, instance(generation, script.port));
+                    app.record.instances.insert(
+                        generation,
+                        Instance { node: shared.node.clone(), ..instance(generation, script.port) },
+                    );
+                    for other in shared.others.lock().unwrap().iter() {
+                        other.learn(&app.app.name, &app.record);
+                    }
                 }
                 let put = Reply::Put { app: Arc::clone(&app.app), record: Arc::new(app.record.clone()) };
                 (generation, put, ready.is_none())
@@ -334,6 +378,8 @@ pub fn app(app: &str) -> App {
 /// A proxy that serves the apps of a launcher until it is dropped.
 pub struct Proxy {
     pub address: SocketAddr,
+    /// Where it takes requests of other hosts' proxies.
+    pub dispatch: SocketAddr,
     pub house: Arc<House>,
     stop: watch::Sender<Option<bool>>,
 }
@@ -348,12 +394,12 @@ impl Proxy {
     }
 
     pub async fn start_h2(launcher: &FakeLauncher, change: impl FnOnce(&mut Config), h2c: bool) -> Self {
-        let address = free_address();
+        let (address, dispatch) = (free_address(), free_address());
         let mut config = Config::new(launcher.state.clone());
         change(&mut config);
         let conf = FastContainer::server_conf(&config, 2);
-        let (proxy, attendants) = FastContainer::new(config, vec![address]);
-        let house = Arc::clone(proxy.house());
+        let (proxy, attendants) = FastContainer::new(config, vec![address, dispatch]);
+        let (house, dispatcher) = (Arc::clone(proxy.house()), proxy.dispatcher());
         let (stop, stopped) = watch::channel(None);
         std::thread::spawn(move || {
             let mut server = Server::new_with_opt_and_conf(None, conf);
@@ -362,6 +408,9 @@ impl Proxy {
             options.h2c = h2c;
             let mut service = doorman::service(&server.configuration, proxy, Some(options));
             service.add_tcp(&address.to_string());
+            let mut dispatcher = doorman::service(&server.configuration, dispatcher, None);
+            dispatcher.add_tcp(&dispatch.to_string());
+            server.add_service(dispatcher);
             server.add_service(attendants.link);
             server.add_service(attendants.office);
             server.add_service(service);
@@ -369,12 +418,34 @@ impl Proxy {
         });
         // Its admin socket says when it serves.
         eventually(|| launcher.state.proxy_socket().exists()).await;
-        Self { address, house, stop }
+        Self { address, dispatch, house, stop }
+    }
+
+    /// As one of several hosts' proxies; `node`: the host that it is on, with a launcher and a dispatcher.
+    pub async fn start_in_cluster(launcher: &FakeLauncher, node: Option<&str>) -> Self {
+        let cluster = Cluster { node: node.map(str::to_owned), cmdb: None, key: ClusterKey::new(KEY) };
+        Self::start_with(launcher, |config| config.cluster = Some(cluster)).await
+    }
+
+    /// As the others know its host.
+    pub fn as_node(&self, name: &str, alive: bool) -> Node {
+        let compute =
+            Compute { name: name.to_owned(), dispatch: self.dispatch.to_string(), ..Compute::default() };
+        Node { compute, alive, ..Node::default() }
     }
 
     /// SIGTERM.
     pub fn terminate(&self) {
         let _ = self.stop.send(Some(true));
+    }
+
+    /// Its process ends: nobody listens there any more.
+    pub async fn kill(self) {
+        let dispatch = self.dispatch;
+        drop(self);
+        while tokio::net::TcpStream::connect(dispatch).await.is_ok() {
+            sleep(Duration::from_millis(5)).await;
+        }
     }
 
     pub fn held(&self) -> usize {

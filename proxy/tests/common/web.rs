@@ -11,7 +11,7 @@ use std::{
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     time::timeout,
 };
 
@@ -161,8 +161,15 @@ impl Response {
 
 /// Sends bytes as they are and reads the response until the connection closes.
 pub async fn raw(address: SocketAddr, request: &[u8]) -> Response {
+    raw_from("127.0.0.1", address, request).await
+}
+
+/// The same from a client at this address.
+pub async fn raw_from(client: &str, address: SocketAddr, request: &[u8]) -> Response {
     timeout(PATIENCE, async {
-        let mut socket = TcpStream::connect(address).await.unwrap();
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(format!("{client}:0").parse().unwrap()).unwrap();
+        let mut socket = socket.connect(address).await.unwrap();
         socket.write_all(request).await.unwrap();
         read_to_end(&mut socket).await
     })
