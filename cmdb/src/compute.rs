@@ -25,7 +25,7 @@ pub struct Compute {
     pub memory: u64,
 }
 
-/// What it has left; told with each heartbeat.
+/// What it has left; told with each heartbeat. All zero when nobody knows: while the CMDB cannot be reached.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct Load {

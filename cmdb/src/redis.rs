@@ -32,6 +32,7 @@ use crate::{
     app::{App, AppName},
     compute::{Compute, Load, Nodes},
     fingerprint::fnv1a,
+    instance::Generation,
     store::{Change, Store, StoreError},
     transition::{AppRecord, Outcome, Transition},
 };
@@ -51,6 +52,9 @@ pub const HEARTBEAT: Duration = Duration::from_millis(500);
 pub const DEAD_AFTER: Duration = Duration::from_millis(1_500);
 /// The longest that a request may be kept waiting by Redis; then its host goes on without.
 pub const BUDGET: Duration = Duration::from_millis(150);
+
+/// Generations that hosts give out while Redis is away differ by up to so much, ms.
+const SPREAD_MS: u64 = 1_000;
 
 /// Apps share so many locks.
 const TURNS: usize = 64;
@@ -254,6 +258,9 @@ impl Shared {
         if self.lock().is_untold(app) {
             self.tell(app).await?;
         }
+        if let Some(refused) = self.lock().refused(app, transition) {
+            return Ok(refused);
+        }
         for _ in 0..ATTEMPTS {
             let from = self.known(app).await?;
             if from.app.is_none() {
@@ -283,11 +290,23 @@ impl Shared {
         app: &AppName,
         transition: &Transition,
     ) -> Option<Result<(Outcome, AppRecord), StoreError>> {
-        self.node()?;
+        let node = self.node()?;
         let mut state = self.lock();
         let Some((_, record)) = state.get(app) else { return Some(Err(StoreError::UnknownApp(app.clone()))) };
+        if let Some(refused) = state.refused(app, transition) {
+            return Some(Ok(refused));
+        }
         let mut record = AppRecord::clone(&record);
         let rev = record.rev;
+        if let Transition::Wake { node: on, .. } | Transition::Add { node: on, .. } = transition {
+            if on != node {
+                let why = format!("\"{on}\" cannot be told to start anything while Redis is away");
+                return Some(Err(StoreError::Unavailable(why)));
+            }
+            // Hosts that are apart and asked at one moment should not give out one generation.
+            let spread = fnv1a(node.as_bytes()) % SPREAD_MS;
+            record.generation = record.generation.max(Generation(state.now_ms() + spread));
+        }
         let outcome = record.apply(transition, state.now_ms());
         if record.rev != rev {
             state.set_untold(app, Some(Arc::new(record.clone())));
@@ -308,11 +327,13 @@ impl Shared {
             let lost = theirs.spec_revision() < untold.srev;
             if theirs.app.is_none() && !lost {
                 // It was removed meanwhile: what runs of it here is ended by whoever watches.
-                self.lock().settle(app, untold.stamp, theirs);
+                self.lock().settle(app, untold.stamp, theirs, Vec::new());
                 return Ok(());
             }
             let mut merged = AppRecord::clone(&theirs.record);
-            merged.take_over(&untold.record, self.node().unwrap_or_default());
+            let node = self.node().unwrap_or_default();
+            merged.take_over(&untold.record, node);
+            let disowned: Vec<Generation> = merged.disowned(&untold.record, node).collect();
             let mut to = record_fields(app, &merged)?;
             let mut settled =
                 Stored { rev: merged.rev.to_string(), record: Arc::new(merged), ..theirs.clone() };
@@ -322,7 +343,7 @@ impl Shared {
                 settled.app = Some(untold.spec);
             }
             if self.swap(&Swap { app, from: &theirs, now_ms: None, to }).await? {
-                self.lock().settle(app, untold.stamp, settled);
+                self.lock().settle(app, untold.stamp, settled, disowned);
                 return Ok(());
             }
         }

@@ -17,6 +17,8 @@ use crate::{
 
 /// Nobody is declared dead for so long after Redis could be reached (again): the others have to come back, too.
 pub(super) const GRACE: Duration = Duration::from_secs(3);
+/// After so long without Redis nobody knows any more what another host has left.
+const STALE: Duration = Duration::from_secs(2);
 /// More hosts than this are not taken in.
 const HOSTS_MAX: usize = 4_096;
 /// Most bytes of what a host says of itself.
@@ -59,6 +61,8 @@ pub(super) struct Heartbeats {
     told: Nodes,
     /// Redis could be reached at the last attempt.
     in_touch: bool,
+    /// When it was reached last.
+    touched: Option<Instant>,
     grace_until: Option<Instant>,
     /// This process's own host: it lives.
     own: Option<String>,
@@ -100,23 +104,34 @@ impl Heartbeats {
         Self { own, ..Self::default() }
     }
 
-    /// Redis cannot be reached: nothing can be said of anybody, so everybody stays as they were.
-    pub(super) fn out_of_touch(&mut self) {
+    /// Redis cannot be reached: nothing can be said of anybody, so everybody stays as they were. Only their load is not known
+    /// any more, lest those who know it from different moments choose different hosts.
+    pub(super) fn out_of_touch(&mut self, now: Instant) -> News {
         self.in_touch = false;
+        if self.is_stale(now) {
+            self.hosts.values_mut().for_each(|host| host.node.load = Load::default());
+        }
+        self.news(Vec::new())
+    }
+
+    fn is_stale(&self, now: Instant) -> bool {
+        !self.in_touch && self.touched.is_none_or(|touched| now - touched >= STALE)
     }
 
     #[expect(dead_code, reason = "for the file of the last known good, which comes next")]
     /// What was known of hosts before this process began; each is alive until the contrary is shown.
     pub(super) fn recall(&mut self, nodes: &[Node], now: Instant) -> News {
         for node in nodes.iter().take(HOSTS_MAX).filter(|node| is_name(node.name())) {
-            let host = Host { node: node.clone(), ..Host::new(now) };
-            self.hosts.entry(node.name().to_owned()).or_insert(host);
+            let node = Node { alive: true, load: Load::default(), ..node.clone() };
+            let host = Host { node, ..Host::new(now) };
+            self.hosts.entry(host.node.compute.name.clone()).or_insert(host);
         }
         self.news(Vec::new())
     }
 
     /// This process's own host has said so, whether Redis has heard it or not.
     pub(super) fn own(&mut self, compute: &Compute, load: Load, now: Instant) -> News {
+        let load = if self.is_stale(now) { Load::default() } else { load };
         let host = self.hosts.entry(compute.name.clone()).or_insert_with(|| Host::new(now));
         host.node = Node { compute: compute.clone(), load, alive: true, draining: host.node.draining };
         host.said.clear();
@@ -145,6 +160,7 @@ impl Heartbeats {
         if !std::mem::replace(&mut self.in_touch, true) {
             self.grace_until = Some(now + GRACE);
         }
+        self.touched = Some(now);
         for (name, said) in &written.registered {
             self.hear(name, said, now);
         }
@@ -342,8 +358,9 @@ mod tests {
         scene.look();
         scene.go_on(4_000, &["a"]);
 
-        scene.heartbeats.out_of_touch();
+        scene.heartbeats.out_of_touch(scene.now);
         scene.pass(600_000);
+        scene.heartbeats.out_of_touch(scene.now);
         assert_eq!(scene.alive(), ["a"]);
         assert!(!scene.look().noticeable, "its last heartbeat is ten minutes old");
         scene.go_on(2_500, &[]);
@@ -370,6 +387,26 @@ mod tests {
         scene.written.drains.insert("a".into(), b"0 1001".to_vec());
         let news = scene.go_on(500, &["a", "b"]);
         assert!(!news.nodes[0].draining, "the later word wins");
+    }
+
+    #[test]
+    fn without_redis_all_hosts_have_equal_room_to_all() {
+        let mut scene = Scene::new(Some("here"));
+        let load = |free| Load { free_cpu: free, free_memory: u64::from(free) << 20, instances: 1 };
+        scene.beat_with("a", load(8_000));
+        scene.beat_with("b", load(1_000));
+        let here = Compute { name: "here".into(), cpu: 8_000, memory: 8 << 30, ..Compute::default() };
+        scene.heartbeats.own(&here, load(8_000), scene.now);
+        scene.look();
+
+        assert!(!scene.heartbeats.out_of_touch(scene.now).noticeable);
+        scene.pass(2_000);
+        assert!(scene.heartbeats.out_of_touch(scene.now).noticeable);
+
+        let news = scene.heartbeats.own(&here, load(8_000), scene.now);
+        assert!(news.nodes.iter().all(|node| node.alive && placement::parts(node) == (0, 0)), "{news:?}");
+        scene.beat_with("a", load(8_000));
+        assert_eq!(scene.look().nodes[0].load, load(8_000));
     }
 
     #[test]

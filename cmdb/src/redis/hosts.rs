@@ -78,8 +78,15 @@ impl Shared {
         let read = self.hosts.commands.call(async |mut to| pipe.query_async(&mut to).await).await;
         let forgotten = {
             let mut state = self.lock();
-            let (registered, drains, beats) = read.inspect_err(|_| state.heartbeats.out_of_touch())?;
             let now = Instant::now();
+            let (registered, drains, beats) = match read {
+                Ok(read) => read,
+                Err(error) => {
+                    let news = state.heartbeats.out_of_touch(now);
+                    state.take_hosts(news);
+                    return Err(error);
+                }
+            };
             let written = Written { registered, drains, beats };
             let news = state.heartbeats.take_in(&written, now, now - began);
             state.take_hosts(news)

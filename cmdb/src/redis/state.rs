@@ -15,9 +15,10 @@ use super::{
 use crate::{
     app::{App, AppName, HostPattern},
     compute::Nodes,
+    instance::Generation,
     mirror::{Mirror, is_mishap, unix_ms},
     store::{Change, StoreError},
-    transition::AppRecord,
+    transition::{AppRecord, Outcome, Transition},
 };
 
 /// See the module.
@@ -31,6 +32,9 @@ pub(super) struct State {
     /// Apps whose record here is ahead of what Redis holds, with the number of the last change.
     untold: HashMap<AppName, u64>,
     changes: u64,
+    /// Generations that were given out here while Redis was away, and by another host, too, which has told of it first:
+    /// whoever runs one here may say nothing more of it.
+    disowned: HashSet<(AppName, Generation)>,
     /// Apps of which a server-name is another's: each gets its names when the other leaves them.
     shadowed: HashSet<AppName>,
     /// What is here has come from a file, and has not been compared with Redis yet.
@@ -200,12 +204,26 @@ impl State {
     }
 
     /// Redis has been told, and holds this now. What has changed since then is still to be told.
-    pub(super) fn settle(&mut self, app: &AppName, stamp: u64, settled: Stored) {
+    pub(super) fn settle(&mut self, app: &AppName, stamp: u64, settled: Stored, disowned: Vec<Generation>) {
+        for generation in disowned {
+            tracing::warn!(%app, %generation, "two hosts that were apart gave out one generation; this one ends its instance");
+            self.disowned.insert((app.clone(), generation));
+        }
         if self.untold.get(app) == Some(&stamp) {
             self.untold.remove(app);
         }
         // Not if somebody has been faster since.
         self.install(app, settled);
+    }
+
+    /// The answer to a transition of an instance that is another host's now.
+    pub(super) fn refused(&self, app: &AppName, transition: &Transition) -> Option<(Outcome, AppRecord)> {
+        let generation = transition.generation()?;
+        if self.disowned.is_empty() || !self.disowned.contains(&(app.clone(), generation)) {
+            return None;
+        }
+        let record = self.mirror.get(app).map(|entry| AppRecord::clone(&entry.record));
+        Some((Outcome::Fenced, record.unwrap_or_default()))
     }
 
     /// Apps that a whole reading of Redis has not `seen`.
