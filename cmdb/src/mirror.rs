@@ -28,6 +28,8 @@ pub(crate) struct Mirror {
     owners: HashMap<HostPattern, AppName>,
     watchers: Vec<mpsc::Sender<Change>>,
     nodes: Nodes,
+    /// Rises with each change that is published.
+    version: u64,
 }
 
 /// Whether the loss of `missing` of `all` apps at once is to be distrusted.
@@ -127,6 +129,11 @@ impl Mirror {
         Some(entry)
     }
 
+    /// Rises with each change.
+    pub(crate) fn version(&self) -> u64 {
+        self.version
+    }
+
     /// The hosts that there are.
     pub(crate) fn nodes(&self) -> Nodes {
         Arc::clone(&self.nodes)
@@ -151,6 +158,7 @@ impl Mirror {
 
     /// A watcher that has fallen too far behind is cut: it begins again, and nobody waits for it.
     fn publish(&mut self, change: &Change) {
+        self.version += 1;
         self.watchers.retain(|watcher| watcher.try_send(change.clone()).is_ok());
     }
 }

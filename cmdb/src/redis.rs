@@ -14,10 +14,12 @@ mod dirty;
 mod follow;
 mod heartbeats;
 mod hosts;
+mod remembered;
 mod state;
 mod stored;
 
 use std::{
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -74,7 +76,7 @@ pub enum Role {
 #[derive(Debug)]
 pub struct RedisStore {
     shared: Arc<Shared>,
-    followers: [JoinHandle<()>; 2],
+    followers: Vec<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
@@ -94,7 +96,7 @@ struct Shared {
 /// How the mirror stands to Redis.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Link {
-    /// The mirror has been filled at least once.
+    /// The mirror has been filled at least once, from Redis or from what was remembered.
     pub filled: bool,
     /// It is told of every change at this time.
     pub connected: bool,
@@ -109,6 +111,24 @@ impl RedisStore {
     /// # Errors
     /// When the address cannot be understood.
     pub fn open(address: &str, role: Role, budget: Duration) -> Result<Self, AddressError> {
+        Self::begin(address, role, budget, None)
+    }
+
+    /// As [`RedisStore::open`], and remembers in the file at `path` what it knows: apps, records and hosts. That is what the
+    /// next start finds there, at once, whether Redis can be reached by then or not. Reads the file; blocks for that long.
+    ///
+    /// # Errors
+    /// When the address cannot be understood. A file that cannot be used is as good as none.
+    pub fn open_remembering(
+        address: &str,
+        role: Role,
+        budget: Duration,
+        path: &Path,
+    ) -> Result<Self, AddressError> {
+        Self::begin(address, role, budget, Some(path))
+    }
+
+    fn begin(address: &str, role: Role, budget: Duration, path: Option<&Path>) -> Result<Self, AddressError> {
         let shared = Arc::new(Shared {
             commands: Commands::new(Address::parse(address)?, budget),
             hosts: Hosts::new(Address::parse(address)?),
@@ -118,21 +138,18 @@ impl RedisStore {
             untold: Notify::new(),
             turns: (0..TURNS).map(|_| tokio::sync::Mutex::default()).collect(),
         });
-        let followers = [
-            tokio::spawn(follow::follow(Arc::clone(&shared))),
-            tokio::spawn(hosts::follow(Arc::clone(&shared))),
-        ];
-        Ok(Self { shared, followers })
-    }
-
-    /// What was known when this process last ran, for a start while Redis cannot be reached: it is served, and what runs is
-    /// told to Redis, when it can. Does nothing once the mirror has been filled.
-    pub fn seed(&self, apps: Vec<Arc<App>>) {
-        let mut state = self.shared.lock();
-        if !self.shared.link.borrow().filled {
-            state.seed(apps);
-            self.shared.link.send_modify(|link| link.filled = true);
+        let mut followers = Vec::new();
+        if let Some(path) = path {
+            let remembered = remembered::read(path);
+            if !remembered.apps.is_empty() {
+                shared.lock().recall(remembered);
+                shared.link.send_modify(|link| link.filled = true);
+            }
+            followers.push(tokio::spawn(remembered::keep(Arc::clone(&shared), path.to_owned())));
         }
+        followers.push(tokio::spawn(follow::follow(Arc::clone(&shared))));
+        followers.push(tokio::spawn(hosts::follow(Arc::clone(&shared))));
+        Ok(Self { shared, followers })
     }
 
     /// Follows how the mirror stands to Redis.
@@ -220,6 +237,10 @@ impl Store for RedisStore {
         self.shared.forget_node(node).await
     }
 
+    async fn confirm_removals(&self) -> Result<(), StoreError> {
+        self.shared.commands.confirm_removals().await
+    }
+
     fn nodes(&self) -> Nodes {
         self.shared.lock().nodes()
     }
@@ -292,7 +313,9 @@ impl Shared {
     ) -> Option<Result<(Outcome, AppRecord), StoreError>> {
         let node = self.node()?;
         let mut state = self.lock();
-        let Some((_, record)) = state.get(app) else { return Some(Err(StoreError::UnknownApp(app.clone()))) };
+        let Some((spec, record)) = state.get(app) else {
+            return Some(Err(StoreError::UnknownApp(app.clone())));
+        };
         if let Some(refused) = state.refused(app, transition) {
             return Some(Ok(refused));
         }
@@ -308,6 +331,12 @@ impl Shared {
             record.generation = record.generation.max(Generation(state.now_ms() + spread));
         }
         let outcome = record.apply(transition, state.now_ms());
+        let exclusive = spec.volumes.iter().any(|volume| volume.exclusive);
+        if exclusive && matches!(outcome, Outcome::Own(_)) {
+            // Nobody can know whether another host has it.
+            let why = format!("\"{app}\" has an exclusive volume and does not start while Redis is away");
+            return Some(Err(StoreError::Unavailable(why)));
+        }
         if record.rev != rev {
             state.set_untold(app, Some(Arc::new(record.clone())));
             self.untold.notify_one();

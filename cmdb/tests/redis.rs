@@ -16,6 +16,7 @@ use std::{
 
 use cmdb::{
     AppName, Change, Generation, Outcome, Store, StoreError, Transition,
+    compute::{Compute, Load},
     redis::{BUDGET, RedisStore, Role},
 };
 use common::{
@@ -262,4 +263,164 @@ async fn a_hundred_thousand_apps_are_read_in_one_go() {
 
     assert_eq!(store.list().len(), APPS);
     assert_eq!(store.get(&name("app-4711")).unwrap().1.instances.len(), 0);
+}
+
+/// One with a file in `folder`, from which it begins.
+fn remembering(redis: &Redis, role: Role, folder: &std::path::Path) -> RedisStore {
+    RedisStore::open_remembering(&redis.address(), role, BUDGET, &folder.join("known")).unwrap()
+}
+
+async fn written(folder: &std::path::Path, word: &str) {
+    let written = async {
+        while !std::fs::read_to_string(folder.join("known")).is_ok_and(|text| text.contains(word)) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), written).await.expect("not written within 20 s");
+}
+
+#[tokio::test]
+async fn an_edge_that_starts_while_redis_is_away_knows_apps_instances_and_hosts() {
+    let mut redis = Redis::start();
+    let folder = tempfile::tempdir().unwrap();
+    let here = redis.store(node("here")).await;
+    let compute = Compute { name: "here".into(), dispatch: "10.0.0.1:8443".into(), ..Compute::default() };
+    here.beat(&compute, Load::default()).await.unwrap();
+    for name in ["warm", "cold"] {
+        here.put_app(app(name, &format!("{name}.example.com"))).await.unwrap();
+    }
+    let generation = running(&here, "warm", "here").await;
+    let edge = remembering(&redis, Role::Reader, folder.path());
+    written(folder.path(), &generation.to_string()).await;
+    drop(edge);
+
+    redis.kill();
+    let edge = remembering(&redis, Role::Reader, folder.path());
+    let mut watch = edge.watch().await.unwrap();
+
+    let mut told = Vec::new();
+    loop {
+        match watch.recv().await.unwrap() {
+            Change::Put { app, record } => told.push(format!("{} {}", app.name, record.ready().count())),
+            Change::Nodes(nodes) => {
+                assert!(nodes.len() == 1 && nodes[0].alive && nodes[0].compute == compute, "{nodes:?}");
+                told.push("hosts".into());
+            }
+            Change::Synced => break,
+            Change::Removed(_) => panic!("nothing was removed"),
+        }
+    }
+    assert_eq!(told, ["cold 0", "warm 1", "hosts"]);
+    // Redis returns empty, and the launcher tells it what it runs; the edge has believed nobody else.
+    redis.start_again();
+    connected(&edge).await;
+    until(&edge, "warm", |ready| ready == Some(vec![generation])).await;
+    assert!(edge.get(&name("cold")).is_some());
+    until(&*redis.store(Role::Reader).await, "warm", |ready| ready == Some(vec![generation])).await;
+}
+
+#[tokio::test]
+async fn what_was_removed_while_a_process_was_away_is_removed_for_it_too() {
+    let redis = Redis::start();
+    let folder = tempfile::tempdir().unwrap();
+    let here = redis.store(node("here")).await;
+    for name in ["stays", "goes", "deleted"] {
+        here.put_app(app(name, &format!("{name}.example.com"))).await.unwrap();
+    }
+    let edge = remembering(&redis, node("there"), folder.path());
+    written(folder.path(), "deleted.example.com").await;
+    drop(edge);
+    here.remove_app(&name("goes")).await.unwrap();
+    // As a removed app whose tombstone has expired.
+    redis.cli(&["DEL", "fc:{deleted}"]);
+
+    let edge = remembering(&redis, node("there"), folder.path());
+
+    connected(&edge).await;
+    let left: Vec<_> = edge.list().into_iter().map(|(app, _)| app.name.to_string()).collect();
+    assert_eq!(left, ["stays"]);
+    assert_eq!(redis.cli(&["EXISTS", "fc:{deleted}"]), "0", "nobody has brought it back");
+}
+
+#[tokio::test]
+async fn a_file_that_is_damaged_is_as_good_as_none() {
+    let redis = Redis::start();
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("known"), b"\xff no file of ours").unwrap();
+    redis.store(node("here")).await.put_app(app("blog", "blog.example.com")).await.unwrap();
+    let edge = remembering(&redis, Role::Reader, folder.path());
+    connected(&edge).await;
+    assert_eq!(edge.list().len(), 1);
+}
+
+#[tokio::test]
+async fn many_apps_deleted_at_once_are_kept_until_the_operator_confirms_it() {
+    let redis = Redis::start();
+    let stores = [redis.store(node("here")).await, redis.store(Role::Reader).await];
+    for n in 0..30 {
+        stores[0].put_app(app(&format!("app-{n}"), &format!("{n}.example.com"))).await.unwrap();
+    }
+    until(&stores[1], "app-29", |ready| ready.is_some()).await;
+    redis.cli(&["EVAL", "for i = 3, 29 do redis.call('DEL', 'fc:{app-' .. i .. '}') end", "0"]);
+    stores[0].put_app(app("later", "later.example.com")).await.unwrap();
+    until(&stores[1], "later", |ready| ready.is_some()).await;
+    assert!(stores.iter().all(|store| store.list().len() == 31));
+
+    stores[0].confirm_removals().await.unwrap();
+
+    for store in &stores {
+        until(store, "app-29", |ready| ready.is_none()).await;
+        assert_eq!(store.list().len(), 4);
+    }
+}
+
+#[tokio::test]
+async fn an_exclusive_volume_is_not_mounted_while_nobody_can_know_who_has_it() {
+    let mut redis = Redis::start();
+    let store = redis.store(node("here")).await;
+    let mut spec = app("blog", "blog.example.com");
+    spec.volumes.push(cmdb::app::Volume {
+        source: "blog".into(),
+        target: "/data".into(),
+        read_only: false,
+        quota: None,
+        exclusive: true,
+    });
+    store.put_app(spec).await.unwrap();
+    let generation = running(&store, "blog", "here").await;
+
+    redis.kill();
+
+    let woken = store.apply(&name("blog"), wake("here")).await.unwrap().0;
+    assert_eq!(woken, Outcome::Ready(generation), "what runs is used");
+    store.apply(&name("blog"), Transition::Gone { generation }).await.unwrap();
+    let refused = store.apply(&name("blog"), wake("here")).await.unwrap_err();
+    assert!(matches!(&refused, StoreError::Unavailable(why) if why.contains("exclusive")), "{refused}");
+}
+
+#[tokio::test]
+async fn of_two_hosts_that_both_started_an_app_apart_both_are_known_afterwards() {
+    let mut redis = Redis::start();
+    let hosts = [redis.store(node("one")).await, redis.store(node("two")).await];
+    hosts[0].put_app(app("blog", "blog.example.com")).await.unwrap();
+    until(&hosts[1], "blog", |ready| ready.is_some()).await;
+
+    redis.kill();
+    let mut both =
+        [running(&hosts[0], "blog", "one").await, running(&hosts[1], "blog", "two").await].to_vec();
+    let elsewhere = hosts[0].apply(&name("blog"), wake("two")).await;
+    assert!(matches!(elsewhere, Err(StoreError::Unavailable(_))), "nobody can be told: {elsewhere:?}");
+    redis.start_again();
+
+    both.sort();
+    for store in &hosts {
+        connected(store).await;
+        until(store, "blog", |ready| ready.as_ref() == Some(&both)).await;
+    }
+    until(&*redis.store(Role::Reader).await, "blog", |ready| ready.as_ref() == Some(&both)).await;
+    for (store, node) in hosts.iter().zip(["one", "two"]) {
+        let (outcome, record) = store.apply(&name("blog"), wake(node)).await.unwrap();
+        let Outcome::Ready(generation) = outcome else { panic!("{outcome:?}") };
+        assert_eq!(record.instances[&generation].node, node, "each uses its own");
+    }
 }

@@ -244,8 +244,7 @@ impl World {
             Event::Wake(host) => {
                 // Whoever cannot reach the store gives nobody up.
                 let lost = if self.hosts[*host].apart { Vec::new() } else { self.lost() };
-                let wake =
-                    Transition::Wake { node: HOSTS[*host].into(), start_timeout_ms: 1_000_000, lost };
+                let wake = Transition::Wake { node: HOSTS[*host].into(), start_timeout_ms: 1_000_000, lost };
                 let before = self.in_reach();
                 if let Outcome::Own(generation) = self.apply(*host, &wake) {
                     let apart = self.hosts[*host].apart;

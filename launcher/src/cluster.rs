@@ -10,7 +10,6 @@ use std::{path::Path, sync::Arc, time::Duration};
 use anyhow::{Context as _, Result};
 use cmdb::{
     Store,
-    cache::LastKnownGood,
     compute::{Compute, Load},
     embedded::EmbeddedStore,
     redis::{BUDGET, HEARTBEAT, RedisStore, Role},
@@ -35,25 +34,16 @@ pub(crate) async fn open(home: &Home, node: &str, folder: &Path) -> Result<Arc<d
             .with_context(|| format!("the CMDB's journal {}", journal.display()))?;
         return Ok(Arc::new(store));
     };
-    let store = RedisStore::open(address, Role::Node(node.to_owned()), BUDGET)?;
+    let known = folder.join("cmdb.last-known-good");
+    let store = RedisStore::open_remembering(address, Role::Node(node.to_owned()), BUDGET, &known)?;
     let mut link = store.link();
-    if timeout(PATIENCE, link.wait_for(|link| link.filled)).await.is_err() {
-        let known = known_good(folder).read().unwrap_or_else(|error| {
-            tracing::warn!(%error, "what was known of the CMDB is lost");
-            Vec::new()
-        });
+    if timeout(PATIENCE, link.wait_for(|link| link.connected)).await.is_err() {
         tracing::warn!(
-            apps = known.len(),
+            apps = store.list().len(),
             "the CMDB cannot be reached; what was known of it when this launcher last ran is used until it can"
         );
-        store.seed(known);
     }
     Ok(Arc::new(store))
-}
-
-/// What a start goes by while Redis cannot be reached.
-fn known_good(folder: &Path) -> LastKnownGood {
-    LastKnownGood::new(folder.join("apps.last-known-good"))
 }
 
 /// Tells the others again and again that this host is there, and what it has left.

@@ -161,7 +161,7 @@ pub async fn run(config: Config) -> Result<Ended> {
     tokio::spawn(outbound::keep(Arc::clone(&host)));
     tokio::spawn(route_events(Arc::clone(&host), spawner.events));
     adopt(&host, adoptions).await;
-    tokio::spawn(cluster::follow(Arc::clone(&host), config.state.launcher()));
+    tokio::spawn(cluster::follow(Arc::clone(&host)));
     if host.several {
         tokio::spawn(cluster::beat(Arc::clone(&host), config.among));
     }

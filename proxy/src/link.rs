@@ -110,7 +110,11 @@ impl Link {
     pub async fn run(&self, shutdown: ShutdownWatch) {
         let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(commands) = commands else { return };
-        memory::recall(&self.house);
+        // An edge alone has a store of its own, which remembers.
+        let alone = is_alone(&self.house);
+        if !alone {
+            memory::recall(&self.house);
+        }
         let (sender, line) = watch::channel(None);
         tokio::join!(
             follow(&self.house, sender),
@@ -118,7 +122,11 @@ impl Link {
             report(&self.house, line.clone()),
             bill::report(&self.house, line),
             end_of_grace(&self.house, shutdown),
-            memory::keep(&self.house),
+            async {
+                if !alone {
+                    memory::keep(&self.house).await;
+                }
+            },
         );
     }
 }
@@ -128,6 +136,11 @@ impl BackgroundService for Link {
     async fn start(&self, shutdown: ShutdownWatch) {
         self.run(shutdown).await;
     }
+}
+
+/// Whether this is an edge alone, without a launcher beside it.
+fn is_alone(house: &House) -> bool {
+    matches!(house.config.cluster, Some(Cluster { node: None, cmdb: Some(_), .. }))
 }
 
 /// Keeps the cache in step with the CMDB: with the launcher's, over its socket, or as an edge alone with Redis itself.
@@ -167,7 +180,8 @@ async fn follow_launcher(house: &Arc<House>, line: &watch::Sender<Option<Client>
 }
 
 async fn follow_redis(house: &Arc<House>, address: &str) {
-    let store = match RedisStore::open(address, Role::Reader, redis::BUDGET) {
+    let known = house.config.state.proxy().join("cmdb.last-known-good");
+    let store = match RedisStore::open_remembering(address, Role::Reader, redis::BUDGET, &known) {
         Ok(store) => store,
         // It was parsed before it came here.
         Err(error) => return tracing::error!(%error, "the CMDB cannot be followed"),

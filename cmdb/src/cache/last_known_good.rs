@@ -1,6 +1,7 @@
 //! The last-known-good file: what a proxy routes by when it starts while the CMDB cannot be reached.
 //!
-//! It holds apps only. Which instances run is the launcher's to say; a file cannot know.
+//! The proxy's holds apps only: which instances run is its launcher's to say. A store that has no launcher remembers more
+//! ([`crate::redis`]).
 
 use std::{
     fs,
@@ -9,6 +10,8 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
+
+use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{app::App, fingerprint::fnv1a};
 
@@ -56,7 +59,12 @@ impl LastKnownGood {
     /// # Errors
     /// The file system's; the old file is then still whole.
     pub fn write(&self, apps: &[Arc<App>]) -> Result<(), LastKnownGoodError> {
-        let body = serde_json::to_vec(apps).map_err(|e| self.io(io::Error::other(e)))?;
+        self.write_all(&apps)
+    }
+
+    /// As [`LastKnownGood::write`], for whatever is to be remembered.
+    pub(crate) fn write_all(&self, what: &impl Serialize) -> Result<(), LastKnownGoodError> {
+        let body = serde_json::to_vec(what).map_err(|e| self.io(io::Error::other(e)))?;
         let temporary = self.path.with_extension("new");
         let write = || -> io::Result<()> {
             // Environment variables of apps may hold secrets: for the proxy's user only.
@@ -77,9 +85,14 @@ impl LastKnownGood {
     /// # Errors
     /// [`LastKnownGoodError::Damaged`] for anything that was not written by [`LastKnownGood::write`].
     pub fn read(&self) -> Result<Vec<Arc<App>>, LastKnownGoodError> {
+        self.read_all().map(Option::unwrap_or_default)
+    }
+
+    /// What [`LastKnownGood::write_all`] wrote.
+    pub(crate) fn read_all<T: DeserializeOwned>(&self) -> Result<Option<T>, LastKnownGoodError> {
         let bytes = match fs::read(&self.path) {
             Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(self.io(error)),
         };
         let end = bytes.iter().position(|b| *b == b'\n').ok_or_else(|| self.damaged("no first line"))?;
@@ -88,7 +101,7 @@ impl LastKnownGood {
         if header != expected.as_bytes() {
             return Err(self.damaged("the checksum does not match"));
         }
-        serde_json::from_slice(body).map_err(|_| self.damaged("it does not hold apps"))
+        serde_json::from_slice(body).map(Some).map_err(|_| self.damaged("it holds something else"))
     }
 
     fn io(&self, source: io::Error) -> LastKnownGoodError {

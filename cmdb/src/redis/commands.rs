@@ -24,6 +24,8 @@ use crate::{
 const BREAKS_AFTER: u32 = 3;
 /// How far a caller's idea of the server's clock may be off, ms.
 const CLOCK_MAY_BE_OFF_MS: u64 = 250;
+/// A confirmation of many removals holds for so long, s: also those learn of it that are just connecting.
+const REMOVALS_MEANT_S: u64 = 60;
 /// A removed app is remembered for so long, s: whoever was cut off learns of it.
 const TOMBSTONE_S: u64 = 86_400;
 
@@ -129,6 +131,13 @@ impl Commands {
         let mut call = CLAIM.key(stored::name_key(name));
         call.arg(app.as_str()).arg("").arg("0").arg(0);
         self.call(async |mut to| call.invoke_async::<String>(&mut to).await).await.map(drop)
+    }
+
+    /// Every process that has kept apps because too many were missing at once lets them go.
+    pub(super) async fn confirm_removals(&self) -> Result<(), StoreError> {
+        let mut set = redis::cmd("SET");
+        set.arg(stored::REMOVALS_MEANT).arg("1").arg("EX").arg(REMOVALS_MEANT_S);
+        self.call(async |mut to| set.query_async(&mut to).await).await
     }
 
     /// One command on the shared connection, within the budget.

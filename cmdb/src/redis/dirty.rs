@@ -63,7 +63,13 @@ impl Dirty {
             (PushKind::Invalidate, Some(Value::Array(keys))) => {
                 for key in keys {
                     match key {
-                        Value::BulkString(key) if key == stored::EPOCH.as_bytes() => changed.all = true,
+                        Value::BulkString(key)
+                            if [stored::EPOCH, stored::REMOVALS_MEANT]
+                                .map(str::as_bytes)
+                                .contains(&&**key) =>
+                        {
+                            changed.all = true;
+                        }
                         Value::BulkString(key) => changed.apps.extend(stored::app_of(key)),
                         _ => {}
                     }

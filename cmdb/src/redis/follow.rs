@@ -12,6 +12,7 @@ use super::{
     Role, Shared,
     commands::{NoPushes, READ},
     dirty::{Changed, Dirty},
+    remembered::Identity,
     stored::{self, Stored},
 };
 use crate::app::AppName;
@@ -36,20 +37,13 @@ struct Session<'a> {
     dirty: Arc<Dirty>,
     tracker: MultiplexedConnection,
     reader: MultiplexedConnection,
-    /// Which Redis this is: its epoch and its replication history.
     identity: Identity,
-}
-
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
-struct Identity {
-    epoch: String,
-    history: String,
 }
 
 /// Never returns; the store aborts it.
 pub(super) async fn follow(shared: Arc<Shared>) {
     let mut pause = RETRY_FIRST;
-    let mut last = Identity::default();
+    let mut last = shared.lock().identity.clone();
     loop {
         let ended = match Session::begin(&shared).await {
             Ok(mut session) => {
@@ -91,11 +85,9 @@ impl<'a> Session<'a> {
 
     async fn work(&mut self, last: &mut Identity) -> RedisResult<std::convert::Infallible> {
         self.identity = self.identify().await?;
-        let seeded = self.shared.lock().is_seeded();
-        let restored = seeded || (*last != Identity::default() && *last != self.identity);
+        let restored = *last != Identity::default() && *last != self.identity;
         self.read_all(restored).await?;
-        self.shared.lock().compared();
-        *last = self.identity.clone();
+        self.set_last(last);
         self.tell_untold().await;
         // Before anybody learns that all is there; should it fail, they are looked at again at once by those who follow them.
         let _ = self.shared.look_at_hosts().await;
@@ -163,8 +155,16 @@ impl<'a> Session<'a> {
             self.read_all(restored).await?;
             self.tell_untold().await;
         }
-        *last = self.identity.clone();
+        self.set_last(last);
         Ok(())
+    }
+
+    /// All has been compared with this Redis.
+    fn set_last(&self, last: &mut Identity) {
+        if *last != self.identity {
+            last.clone_from(&self.identity);
+            self.shared.lock().identity.clone_from(&self.identity);
+        }
     }
 
     /// Which Redis this is; one that has no epoch gets one, if we may write.
@@ -240,10 +240,6 @@ impl<'a> Session<'a> {
             }
             return Ok(());
         }
-        if self.shared.lock().is_mishap(missing.len()) {
-            tracing::error!("the CMDB has lost {} apps at once; they are kept", missing.len());
-            return Ok(());
-        }
         // One that has just been put may have come after its part of the key space was read.
         self.forget_missing(&missing).await
     }
@@ -257,6 +253,17 @@ impl<'a> Session<'a> {
         // Asked afterwards: a Redis that was emptied in between has lost them, and its new epoch will have all told anew.
         if gone.is_empty() || self.identify().await? != self.identity {
             return Ok(());
+        }
+        if self.shared.lock().is_mishap(&gone) {
+            let confirmed = redis::cmd("EXISTS").arg(stored::REMOVALS_MEANT).to_owned();
+            if !confirmed.query_async::<bool>(&mut self.reader).await? {
+                tracing::error!(
+                    "the CMDB has lost {} apps at once; they are kept until their removal is confirmed",
+                    gone.len()
+                );
+                return Ok(());
+            }
+            tracing::warn!("{} apps are gone at once, as the operator has confirmed", gone.len());
         }
         let mut state = self.shared.lock();
         for app in gone {

@@ -118,7 +118,6 @@ impl Heartbeats {
         !self.in_touch && self.touched.is_none_or(|touched| now - touched >= STALE)
     }
 
-    #[expect(dead_code, reason = "for the file of the last known good, which comes next")]
     /// What was known of hosts before this process began; each is alive until the contrary is shown.
     pub(super) fn recall(&mut self, nodes: &[Node], now: Instant) -> News {
         for node in nodes.iter().take(HOSTS_MAX).filter(|node| is_name(node.name())) {

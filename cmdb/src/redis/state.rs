@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 
 use super::{
     heartbeats::{Drain, Heartbeats, News},
+    remembered::{Identity, Known, Remembered},
     stored::Stored,
 };
 use crate::{
@@ -37,8 +38,8 @@ pub(super) struct State {
     disowned: HashSet<(AppName, Generation)>,
     /// Apps of which a server-name is another's: each gets its names when the other leaves them.
     shadowed: HashSet<AppName>,
-    /// What is here has come from a file, and has not been compared with Redis yet.
-    seeded: bool,
+    /// The Redis with which all this was last compared.
+    pub(super) identity: Identity,
     /// The server's clock (ms since the Unix epoch) at a moment of ours.
     clock: Option<(Instant, u64)>,
 }
@@ -83,24 +84,33 @@ impl State {
         self.mirror.watch()
     }
 
-    /// Takes in what was known once. Anything that Redis has of an app is newer; what it lacks, it has lost.
-    pub(super) fn seed(&mut self, apps: Vec<Arc<App>>) {
-        self.seeded = true;
-        for app in apps {
-            let known = Stored { srev: "1".to_owned(), app: Some(Arc::clone(&app)), ..Stored::default() };
-            self.known.insert(app.name.clone(), known);
-            self.show(app, Arc::default());
+    /// Takes in what was known when this process last ran. Anything that Redis has of an app takes its place.
+    pub(super) fn recall(&mut self, remembered: Remembered) {
+        self.identity = remembered.identity;
+        for known in remembered.apps {
+            let name = known.app.name.clone();
+            self.install_whatever(&name, known.into_stored());
+        }
+        let news = self.heartbeats.recall(&remembered.nodes, tokio::time::Instant::now());
+        self.take_hosts(news);
+    }
+
+    /// What is known now, for the next start.
+    pub(super) fn remember(&self) -> Remembered {
+        let known = |stored: &Stored| {
+            let (rev, srev) = (stored.rev.clone(), stored.srev.clone());
+            Some(Known { rev, srev, record: Arc::clone(&stored.record), app: stored.app.clone()? })
+        };
+        Remembered {
+            identity: self.identity.clone(),
+            apps: self.known.values().filter_map(known).collect(),
+            nodes: self.nodes(),
         }
     }
 
-    /// Whether what is here has come from a file.
-    pub(super) fn is_seeded(&self) -> bool {
-        self.seeded
-    }
-
-    /// It has been compared with Redis.
-    pub(super) fn compared(&mut self) {
-        self.seeded = false;
+    /// Rises with all that others are told.
+    pub(super) fn version(&self) -> u64 {
+        self.mirror.version()
     }
 
     pub(super) fn check_names(&self, app: &App) -> Result<(), StoreError> {
@@ -231,9 +241,10 @@ impl State {
         self.mirror.entries().map(|e| &e.app.name).filter(|name| !seen.contains(*name)).cloned().collect()
     }
 
-    /// Whether the loss of so many apps at once is more likely a mishap than somebody's wish.
-    pub(super) fn is_mishap(&self, missing: usize) -> bool {
-        is_mishap(missing, self.mirror.entries().count())
+    /// Whether the loss of these apps at once is more likely a mishap than somebody's wish.
+    pub(super) fn is_mishap(&self, gone: &[AppName]) -> bool {
+        let shown = gone.iter().filter(|app| self.mirror.get(app).is_some()).count();
+        is_mishap(shown, self.mirror.entries().count())
     }
 
     /// Whether a restored Redis lacks something of an app that is known here: its configuration is older, or what `node`

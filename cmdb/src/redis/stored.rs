@@ -15,6 +15,8 @@ pub(super) const SPEC_MAX: usize = 1 << 18;
 pub(super) const TRACKED: &str = "fc:";
 /// Which CMDB this is: a random name that is lost with it.
 pub(super) const EPOCH: &str = "fc:epoch";
+/// There for a while when a loss of many apps at once was meant, says the operator.
+pub(super) const REMOVALS_MEANT: &str = "fc:removals-meant";
 
 const BEFORE: &str = "fc:{";
 const AFTER: &str = "}";

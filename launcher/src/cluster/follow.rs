@@ -2,19 +2,15 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
 
 use cmdb::{App, AppName, AppRecord, Change, Transition, compute::Nodes, placement};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::sleep;
 
-use super::known_good;
 use crate::{host::Host, overrides::Override, supervisor::Message};
 
-/// The file of what is known is written so long after a change, for changes come in crowds.
-const SAVED_AFTER: Duration = Duration::from_secs(2);
 /// Rest before a watch that was cut begins again.
 const AGAIN: Duration = Duration::from_millis(50);
 
@@ -26,22 +22,12 @@ struct Follower {
     /// What was there when this launcher began is no news.
     begun: bool,
     nodes: Nodes,
-    /// When the file is to be written.
-    save_at: Option<Instant>,
-    folder: PathBuf,
 }
 
 /// Follows for the daemon's life.
-pub(crate) async fn follow(host: Arc<Host>, folder: PathBuf) {
-    let mut follower = Follower {
-        host,
-        specs: HashMap::new(),
-        seen: None,
-        begun: false,
-        nodes: Nodes::default(),
-        save_at: None,
-        folder,
-    };
+pub(crate) async fn follow(host: Arc<Host>) {
+    let mut follower =
+        Follower { host, specs: HashMap::new(), seen: None, begun: false, nodes: Nodes::default() };
     loop {
         follower.watch().await;
         sleep(AGAIN).await;
@@ -55,15 +41,8 @@ impl Follower {
             Err(error) => return tracing::warn!(%error, "the CMDB cannot be watched"),
         };
         self.seen = Some(HashSet::new());
-        loop {
-            let save_at = self.save_at.unwrap_or_else(|| Instant::now() + SAVED_AFTER);
-            tokio::select! {
-                change = changes.recv() => match change {
-                    Some(change) => self.take(change),
-                    None => return,
-                },
-                () = sleep_until(save_at), if self.save_at.is_some() => self.save().await,
-            }
+        while let Some(change) = changes.recv().await {
+            self.take(change);
         }
     }
 
@@ -96,7 +75,6 @@ impl Follower {
 
     /// An app is new, or its configuration is.
     fn configured(&mut self, app: &Arc<App>, record: &AppRecord) {
-        self.save_soon();
         if !self.begun {
             return;
         }
@@ -134,7 +112,6 @@ impl Follower {
         if self.specs.remove(app).is_none() {
             return;
         }
-        self.save_soon();
         if let Some(supervisor) = self.host.running_supervisor(app) {
             // Told before, where it was removed by way of this launcher: once more does no harm.
             let _ = supervisor.send(Message::Removed);
@@ -189,24 +166,6 @@ impl Follower {
         for (app, record) in self.host.store.list() {
             if self.concerns(&app, &record) {
                 self.look(&app.name);
-            }
-        }
-    }
-
-    fn save_soon(&mut self) {
-        if self.host.several {
-            self.save_at.get_or_insert_with(|| Instant::now() + SAVED_AFTER);
-        }
-    }
-
-    async fn save(&mut self) {
-        self.save_at = None;
-        let file = known_good(&self.folder);
-        let apps: Vec<Arc<App>> = self.specs.values().cloned().collect();
-        match tokio::task::spawn_blocking(move || file.write(&apps)).await {
-            Ok(Ok(())) | Err(_) => {}
-            Ok(Err(error)) => {
-                tracing::warn!(%error, "what is known of the CMDB is not kept for the next start")
             }
         }
     }
