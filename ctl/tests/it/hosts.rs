@@ -49,7 +49,7 @@ fn a_launcher_that_starts_while_redis_is_away_goes_on_with_what_it_runs() {
     let mut cluster = Cluster::up(2, &[&blog, &shop]);
     cluster.host("b").ctl_ok(&["wake", "blog"]);
     let b = cluster.host("b");
-    let saved = b.state.join("launcher/apps.last-known-good");
+    let saved = b.state.join("launcher/cmdb.last-known-good");
     b.wait_for("what is known to be kept", || {
         std::fs::read_to_string(&saved).is_ok_and(|text| text.contains("blog") && text.contains("shop"))
     });
