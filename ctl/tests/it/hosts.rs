@@ -70,3 +70,144 @@ fn a_launcher_that_starts_while_redis_is_away_goes_on_with_what_it_runs() {
     a.wait_for("a to see what runs on b", || ready_on(a, "blog") == ["b"] && ready_on(a, "shop") == ["b"]);
     cluster.end();
 }
+
+#[test]
+fn an_idle_host_is_emptied_at_once_and_takes_apps_again_afterwards() {
+    let blog = Vhost::probe("blog");
+    let cluster = Cluster::up(2, &[&blog]);
+    let (a, b) = (cluster.host("a"), cluster.host("b"));
+    b.ctl_ok(&["wake", "blog"]);
+
+    a.ctl_ok(&["drain", "b", "--wait"]);
+    let listed = a.ctl_ok(&["nodes"]);
+    let refused = b.ctl(&["wake", "blog"]);
+    a.wait_for("the app to run on the other host", || ready_on(a, "blog") == ["a"]);
+
+    assert!(listed.lines().any(|line| line.starts_with("b ") && line.contains("empty")), "{listed}");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("on a"), "{refused:?}");
+    assert_eq!(b.events_of_host("node-draining"), 1);
+    b.ctl_ok(&["uncordon", "b"]);
+    a.ctl_ok(&["drain", "a"]);
+    a.wait_for("a to be empty", || ready_on(b, "blog").is_empty());
+    b.ctl_ok(&["wake", "blog"]);
+    cluster.end();
+}
+
+#[test]
+fn a_host_without_memory_has_apps_started_elsewhere() {
+    let blog = Vhost::probe("blog");
+    let cluster = Cluster::up_with(2, &[&blog], |name| match name {
+        "b" => ["--keep-free", "100TiB"].map(String::from).to_vec(),
+        _ => Vec::new(),
+    });
+    let (a, b) = (cluster.host("a"), cluster.host("b"));
+
+    let refused = b.ctl(&["wake", "blog"]);
+
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("starts on a"), "{refused:?}");
+    a.wait_for("the app to run on the other host", || ready_on(a, "blog") == ["a"]);
+    cluster.end();
+}
+
+#[test]
+fn instances_that_always_run_are_spread_and_come_back_when_a_host_is_lost() {
+    let blog = Vhost::probe("blog").with("scale", "min = 2").with("scale", "max = 2");
+    let mut cluster = Cluster::up(3, &[]);
+    cluster.host("a").apply(&blog);
+    let spread = |cluster: &Cluster| {
+        let ready = ready_on(cluster.host("a"), "blog");
+        (ready.len() == 2 && ready[0] != ready[1]).then_some(ready)
+    };
+    cluster.host("a").wait_for("one on each of two hosts", || spread(&cluster).is_some());
+    let before = spread(&cluster).expect("two");
+    let lost = before.iter().find(|node| *node != "a").expect("one that is not a").clone();
+
+    cluster.lose_power(&lost);
+    let a = cluster.host("a");
+    a.wait_for("another one on another host", || {
+        spread(&cluster).is_some_and(|ready| !ready.contains(&lost))
+    });
+
+    assert_eq!(a.events_of_host("node-lost"), 1);
+    cluster.end();
+}
+
+#[test]
+fn a_host_that_was_thought_dead_ends_what_others_have_taken_over() {
+    let blog = Vhost::probe("blog");
+    let cluster = Cluster::up(2, &[&blog]);
+    let (a, b) = (cluster.host("a"), cluster.host("b"));
+    b.ctl_ok(&["wake", "blog"]);
+    let launcher = Pid::from_raw(b.pid_of("fastcontainer-launcher"));
+
+    kill(launcher, Signal::SIGSTOP).expect("stop b's launcher");
+    a.wait_for("b to be lost", || a.events_of_host("node-lost") == 1);
+    a.ctl_ok(&["wake", "blog"]);
+    kill(launcher, Signal::SIGCONT).expect("continue b's launcher");
+    b.wait_for("its instance to have ended", || b.count("blog", "stopped") == 1);
+
+    assert_eq!(b.count("blog", "fenced"), 1, "{:?}", b.events("blog"));
+    a.wait_for("b to be back", || a.events_of_host("node-back") == 1);
+    assert_eq!((ready_on(a, "blog"), ready_on(b, "blog")), (vec!["a".to_owned()], vec!["a".to_owned()]));
+    cluster.end();
+}
+
+#[test]
+fn an_exclusive_volume_is_given_back_before_another_host_has_it() {
+    let (_pool, volume) = shared_volume("exclusive = true");
+    let blog = Vhost::probe("blog").with("[volume]", &volume.1);
+    let datapool = volume.0;
+    let cluster = Cluster::up_with(2, &[&blog], |_| ["--datapool", &datapool].map(String::from).to_vec());
+    let (a, b) = (cluster.host("a"), cluster.host("b"));
+    b.ctl_ok(&["wake", "blog"]);
+
+    // Replaced on its own host: never two at a time.
+    b.ctl_ok(&["restart", "blog"]);
+    b.wait_for("the old one to have ended", || b.count("blog", "stopped") == 1);
+    b.ctl_ok(&["wake", "blog"]);
+    let order: Vec<String> = b.events("blog").iter().map(|e| e["kind"].to_string()).collect();
+    let at = |kind: &str| order.iter().rposition(|k| k.contains(kind)).expect("an event");
+    assert!(at("stopped") < at("wake"), "{order:?}");
+    // Moved to another host: neither.
+    a.ctl_ok(&["drain", "b"]);
+    a.wait_for("it to run on the other host", || a.ctl(&["wake", "blog"]).status.success());
+    let stopped = b.events("blog").iter().rfind(|e| e["kind"] == "stopped").cloned().expect("an event");
+    let woken = a.events("blog").iter().rfind(|e| e["kind"] == "wake").cloned().expect("an event");
+    assert!(stopped["at_unix_ms"].as_u64() <= woken["at_unix_ms"].as_u64(), "{stopped} {woken}");
+    cluster.end();
+}
+
+#[test]
+fn a_host_that_the_cmdb_does_not_hear_ends_what_has_an_exclusive_volume() {
+    let (_pool, volume) = shared_volume("exclusive = true");
+    let (blog, shop) = (Vhost::probe("blog").with("[volume]", &volume.1), Vhost::probe("shop"));
+    let datapool = volume.0;
+    let mut cluster =
+        Cluster::up_with(1, &[&blog, &shop], |_| ["--datapool", &datapool].map(String::from).to_vec());
+    cluster.host("a").ctl_ok(&["wake", "blog"]);
+    cluster.host("a").ctl_ok(&["wake", "shop"]);
+
+    cluster.redis.kill();
+    let a = cluster.host("a");
+    a.wait_for("its instance to have ended", || a.count("blog", "stopped") == 1);
+    let refused = a.ctl(&["wake", "blog"]);
+
+    assert_eq!(a.count("blog", "fenced"), 1);
+    assert_eq!(a.states("shop"), ["ready"], "all others go on");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("exclusive volume"), "{refused:?}");
+    cluster.redis.start_again();
+    let a = cluster.host("a");
+    a.wait_for("it to run again", || a.ctl(&["wake", "blog"]).status.success());
+    cluster.end();
+}
+
+/// A DataPool that all hosts have, with a folder; the lines of a `[[volume]]` for it.
+fn shared_volume(more: &str) -> (tempfile::TempDir, (String, String)) {
+    let pool = tempfile::Builder::new().prefix("fcp").tempdir_in("/tmp").expect("a folder");
+    std::fs::set_permissions(pool.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .expect("its mode");
+    std::fs::create_dir(pool.path().join("blog")).expect("a volume");
+    let lines = format!("source = \"blog\"\ntarget = \"/data\"\n{more}");
+    let path = pool.path().display().to_string();
+    (pool, (path, lines))
+}
