@@ -86,6 +86,11 @@ impl Cluster {
         self.hosts.get(name).unwrap_or_else(|| panic!("no host is called {name}"))
     }
 
+    /// All that have power.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Host> {
+        self.hosts.values()
+    }
+
     /// Waits until every host knows all apps and all hosts.
     #[track_caller]
     pub(crate) fn wait_until_known(&self, vhosts: &[&Vhost]) {

@@ -1,5 +1,13 @@
 //! Several hosts that share a CMDB in Redis: who runs what, who takes over, and what happens when Redis is away.
 
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    thread::JoinHandle,
+};
+
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -7,8 +15,29 @@ use nix::{
 
 use crate::{
     cluster::{Cluster, nodes, ready_on},
-    vhost::Vhost,
+    host::Host,
+    http::{Connection, get},
+    vhost::{Vhost, images},
 };
+
+/// Asks for each of these apps by way of this host, again and again, until it is told to end; the first answer that is not
+/// 200 ends the test. How many there were.
+fn visit(host: &Host, apps: &[Vhost], until: &Arc<AtomicBool>) -> JoinHandle<usize> {
+    let (port, apps, until) = (host.port, apps.to_vec(), Arc::clone(until));
+    std::thread::spawn(move || {
+        let mut connection = Connection::open(port);
+        let mut visits = 0;
+        while !until.load(SeqCst) {
+            for app in &apps {
+                let answer = connection.exchange(&get(&app.host(), "/sleep?ms=5"));
+                let answer = answer.unwrap_or_else(|broken| panic!("{}: {broken}", app.name()));
+                assert_eq!(answer.status, 200, "{}: {}", app.name(), answer.text());
+                visits += 1;
+            }
+        }
+        visits
+    })
+}
 
 #[test]
 fn an_app_that_runs_on_one_host_is_not_started_on_another() {
@@ -198,6 +227,59 @@ fn a_host_that_the_cmdb_does_not_hear_ends_what_has_an_exclusive_volume() {
     cluster.redis.start_again();
     let a = cluster.host("a");
     a.wait_for("it to run again", || a.ctl(&["wake", "blog"]).status.success());
+    cluster.end();
+}
+
+#[test]
+fn a_busy_host_is_emptied_and_no_visitor_notices() {
+    let apps = ["blog", "shop", "wiki"].map(Vhost::probe);
+    let cluster = Cluster::up(2, &apps.each_ref());
+    let (a, b) = (cluster.host("a"), cluster.host("b"));
+    ["blog", "shop"].iter().for_each(|app| drop(b.ctl_ok(&["wake", app])));
+    a.ctl_ok(&["wake", "wiki"]);
+    let until = Arc::new(AtomicBool::new(false));
+    let visitors = [a, b, a, b].map(|host| visit(host, &apps, &until));
+
+    for (emptied, other) in [(b, "a"), (a, "b")] {
+        let name = if other == "a" { "b" } else { "a" };
+        emptied.ctl_ok(&["drain", name, "--wait"]);
+        let places = apps.each_ref().map(|app| ready_on(emptied, app.name()));
+        assert_eq!(places, apps.each_ref().map(|_| vec![other.to_owned()]), "{name} is empty");
+        emptied.ctl_ok(&["uncordon", name]);
+        emptied.wait_for("it to take apps again", || {
+            cluster.all().all(|host| nodes(host).iter().all(|node| node["draining"] == false))
+        });
+    }
+    until.store(true, SeqCst);
+    let visits = visitors.map(|visitor| visitor.join().expect("no visit fails"));
+
+    assert!(visits.iter().all(|visits| *visits > 10), "{visits:?}");
+    cluster.end();
+}
+
+#[test]
+fn instances_on_two_hosts_see_one_file() {
+    let (_pool, (datapool, _)) = shared_volume("");
+    let content = std::path::Path::new(&datapool).join("blog");
+    std::fs::copy(images().join("probe/probe"), content.join("probe")).expect("the probe");
+    let first = "test -e /data/first && touch /data/seen; touch /data/first";
+    let file = |min: u32| {
+        format!(
+            "server-name = [\"blog.test\"]\n[container]\nimage = \"dir:{}/phpinfo\"\nport = 8080\n\
+             command = [\"/bin/sh\", \"-c\", \"{first}; exec /data/probe\"]\n\
+             [[volume]]\nsource = \"blog\"\ntarget = \"/data\"\n[scale]\nmin = {min}\nmax = 2\n",
+            images().display()
+        )
+    };
+    let cluster = Cluster::up_with(2, &[], |_| ["--datapool", &datapool].map(String::from).to_vec());
+    let a = cluster.host("a");
+
+    std::fs::write(a.conf.join("blog.toml"), file(1)).expect("a vhost file");
+    a.wait_for("one instance", || a.ctl(&["ps", "blog"]).status.success() && ready_on(a, "blog").len() == 1);
+    std::fs::write(a.conf.join("blog.toml"), file(2)).expect("a vhost file");
+    a.wait_for("one on each host", || ready_on(a, "blog") == ["a", "b"]);
+
+    assert!(content.join("seen").exists(), "the second has seen what the first has written");
     cluster.end();
 }
 
