@@ -1,6 +1,6 @@
 //! `nodes`, `drain`, `uncordon`: the hosts, and emptying one of them.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cmdb::{
     compute::{Node, Nodes, find},
@@ -22,6 +22,8 @@ use crate::{
 
 /// How often a host that is being emptied is looked at.
 const LOOK: Duration = Duration::from_millis(200);
+/// It is empty when it has told nothing else for longer than a heartbeat and its way.
+const CERTAIN: Duration = Duration::from_millis(1_200);
 
 /// `nodes`
 pub(crate) async fn nodes(global: &Global, out: &mut Output) -> Result<(), Failure> {
@@ -61,13 +63,18 @@ pub(crate) async fn drain(global: &Global, options: &cli::Drain, out: &mut Outpu
             out,
         );
     }
+    let mut empty_since = None;
     loop {
         let nodes = ask(&client).await?;
         match find(&nodes, &options.node) {
             Some(node) if !node.draining => {
                 return Err(Failure::failed(format!("{} is not to be emptied any more", options.node)));
             }
-            Some(node) if node.load.instances > 0 && node.alive => {}
+            Some(node) if node.alive && (node.load.instances > 0 || runs(&client, node.name()).await?) => {
+                empty_since = None;
+            }
+            // What a host tells of itself is up to a heartbeat old.
+            Some(node) if node.alive && empty_since.get_or_insert_with(Instant::now).elapsed() < CERTAIN => {}
             // One that is not there runs nothing that is of use.
             _ => return done(&options.node, "empty", "is empty", out),
         }
@@ -91,6 +98,11 @@ async fn set(client: &Client, node: &str, draining: bool) -> Result<(), Failure>
         Reply::Done => Ok(()),
         other => Err(Failure::failed(format!("the launcher gave an unexpected answer: {other:?}"))),
     }
+}
+
+/// Whether the CMDB has instances of that host.
+async fn runs(client: &Client, node: &str) -> Result<bool, Failure> {
+    Ok(launcher::statuses(client, None).await?.iter().any(|status| status.node == node))
 }
 
 async fn ask(client: &Client) -> Result<Nodes, Failure> {

@@ -9,13 +9,13 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use cmdb::{
-    Store,
+    Store, StoreError,
     compute::{Compute, Load},
     embedded::EmbeddedStore,
     redis::{BUDGET, HEARTBEAT, RedisStore, Role},
 };
 use launcher_client::home::Home;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use crate::{
     governor::HostGauge,
@@ -25,6 +25,8 @@ pub(crate) use follow::follow;
 
 /// A start waits so long for Redis; then it goes on with what was known when this launcher last ran.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// What goes on being wrong is told again after this time.
+const AGAIN: Duration = Duration::from_secs(60);
 
 /// Opens the CMDB. One in Redis that cannot be reached is gone on without.
 pub(crate) async fn open(home: &Home, node: &str, folder: &Path) -> Result<Arc<dyn Store>> {
@@ -53,6 +55,7 @@ pub(crate) async fn beat(host: Arc<Host>, mut compute: Compute) {
     let mut clock = interval(HEARTBEAT);
     clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut heard = true;
+    let mut told_twice = None;
     loop {
         clock.tick().await;
         let sent = std::time::Instant::now();
@@ -61,6 +64,14 @@ pub(crate) async fn beat(host: Arc<Host>, mut compute: Compute) {
                 host.heard_at(sent);
                 if !std::mem::replace(&mut heard, true) {
                     host.events.emit("cmdb-back", None, None, "the CMDB hears this host again".to_owned());
+                }
+            }
+            // It has arrived all the same; two hosts of one name end each other's instances.
+            Err(error @ StoreError::NodeTwice(_)) => {
+                host.heard_at(sent);
+                if told_twice.is_none_or(|at: Instant| at.elapsed() > AGAIN) {
+                    told_twice = Some(Instant::now());
+                    host.events.emit("node-twice", None, None, error.to_string());
                 }
             }
             Err(error) => {

@@ -1,6 +1,7 @@
 //! Several hosts on one kernel, and the Redis that they share: each has a state folder, control groups and ports of its own.
 
 use std::{
+    collections::BTreeMap,
     fs,
     os::unix::fs::PermissionsExt as _,
     path::PathBuf,
@@ -17,7 +18,9 @@ use crate::{
 
 /// Hosts and their Redis. The first host brings the configuration.
 pub(crate) struct Cluster {
-    pub(crate) hosts: Vec<Host>,
+    hosts: BTreeMap<String, Host>,
+    /// Those that have lost their power.
+    dark: BTreeMap<String, Host>,
     pub(crate) redis: Redis,
     /// Shared by all; readable by root alone.
     pub(crate) key: PathBuf,
@@ -48,21 +51,22 @@ impl Cluster {
         let key = folder.path().join("cluster.key");
         fs::write(&key, [7; 32]).expect("a key");
         fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).expect("its mode");
-        Self { hosts: Vec::new(), redis: Redis::start(), key, folder }
+        Self { hosts: BTreeMap::new(), dark: BTreeMap::new(), redis: Redis::start(), key, folder }
     }
 
     /// One host more; with vhosts it brings them as its configuration.
     pub(crate) fn join(&mut self, name: &str, vhosts: Option<&[&Vhost]>, more: &[String]) {
         let arguments = self.arguments(name, more);
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        self.hosts.push(match vhosts {
+        let host = match vhosts {
             Some(vhosts) => {
                 let files: Vec<(String, Vec<u8>)> =
                     vhosts.iter().map(|v| (format!("{}.toml", v.name()), v.text().into_bytes())).collect();
                 Host::up_after(&files, &arguments, |_| {})
             }
             None => Host::up_without_conf(&arguments),
-        });
+        };
+        self.hosts.insert(name.to_owned(), host);
     }
 
     /// What makes a host one of this cluster.
@@ -79,14 +83,18 @@ impl Cluster {
 
     /// The host of that name.
     pub(crate) fn host(&self, name: &str) -> &Host {
-        let index = usize::from(name.as_bytes()[0] - b'a');
-        &self.hosts[index]
+        self.hosts.get(name).unwrap_or_else(|| panic!("no host is called {name}"))
+    }
+
+    /// All that have power.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Host> {
+        self.hosts.values()
     }
 
     /// Waits until every host knows all apps and all hosts.
     #[track_caller]
     pub(crate) fn wait_until_known(&self, vhosts: &[&Vhost]) {
-        for host in &self.hosts {
+        for host in self.hosts.values() {
             host.wait_for("every host to know all apps", || {
                 let known = host.ctl_ok(&["ps", "--json"]);
                 vhosts.iter().all(|vhost| known.contains(&format!("\"app\":\"{}\"", vhost.name())))
@@ -97,10 +105,31 @@ impl Cluster {
         }
     }
 
+    /// As if that host had lost its power: every process of it is killed, its containers too.
+    #[track_caller]
+    pub(crate) fn lose_power(&mut self, name: &str) {
+        let mut host = self.hosts.remove(name).unwrap_or_else(|| panic!("no host is called {name}"));
+        host.lose_power();
+        self.dark.insert(name.to_owned(), host);
+    }
+
+    /// It is switched on again.
+    #[track_caller]
+    pub(crate) fn power_up(&mut self, name: &str) {
+        let mut host = self.dark.remove(name).unwrap_or_else(|| panic!("{name} has not lost its power"));
+        host.again();
+        self.hosts.insert(name.to_owned(), host);
+    }
+
     /// SIGTERM for all, which must leave nothing behind.
     #[track_caller]
     pub(crate) fn end(mut self) {
-        for host in self.hosts.drain(..).rev() {
+        // What a power cut has left is swept by the next start.
+        for mut host in std::mem::take(&mut self.dark).into_values() {
+            host.again();
+            host.end();
+        }
+        for host in std::mem::take(&mut self.hosts).into_values().rev() {
             host.end();
         }
     }

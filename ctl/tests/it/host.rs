@@ -203,6 +203,44 @@ impl Host {
         mine.into_iter().find(|(_, line)| runs(line) && !line.contains(" spawner")).map(|(pid, _)| pid)
     }
 
+    /// As if the power had failed: every process of the host is killed before any can say good-bye, its containers too.
+    pub(crate) fn lose_power(&mut self) {
+        let cgroup = self.cgroup();
+        // It must not start again what is killed.
+        kill(Pid::from_raw(self.pid()), Signal::SIGSTOP).expect("stop up");
+        let state = self.state.to_string_lossy().into_owned();
+        let contained = || -> Vec<i32> {
+            let all = fs::read_dir("/proc").expect("/proc").flatten();
+            let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+            let of_host = |pid: &i32| {
+                let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+                groups.lines().any(|line| line.split('/').nth(1) == Some(cgroup.as_str()))
+            };
+            pids.filter(of_host).collect()
+        };
+        let mut pids: Vec<i32> = processes_with(&state).into_iter().map(|(pid, _)| pid).collect();
+        // The spawner does not say whose it is: it is the parent of the containers.
+        let parent = |pid: &i32| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse::<i32>().ok())
+        };
+        let launchers = pids.clone();
+        pids.extend(
+            processes_with("fastcontainer-launcher spawner")
+                .into_iter()
+                .map(|(pid, _)| pid)
+                .filter(|pid| parent(pid).is_some_and(|parent| launchers.contains(&parent))),
+        );
+        for pid in pids {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        for pid in contained() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        let _ = self.child.wait();
+        self.wait_for("everything to be dark", || contained().is_empty());
+    }
+
     /// `up`'s own pid.
     pub(crate) fn pid(&self) -> i32 {
         i32::try_from(self.child.id()).expect("a pid")
