@@ -27,6 +27,8 @@ pub struct Config {
     pub idle_timeout: Duration,
     /// Clients whose `X-Forwarded-*` headers are believed.
     pub trusted: Vec<Network>,
+    /// Balancers whose connections begin with a PROXY protocol header, which says who the client is.
+    pub balancers: Vec<Network>,
     /// How long requests may go on after SIGTERM.
     pub grace: Duration,
     /// Which access log is written.
@@ -83,6 +85,7 @@ impl Config {
             write_timeout: Duration::from_secs(60),
             idle_timeout: Duration::from_secs(1),
             trusted: Vec::new(),
+            balancers: Vec::new(),
             grace: Duration::from_secs(10),
             access_log: AccessLog::default(),
             cluster: None,

@@ -20,7 +20,7 @@ use pingora::{
     time::fast_timeout::fast_sleep,
 };
 
-use crate::FastContainer;
+use crate::{FastContainer, proxy_protocol::Porter};
 
 tokio::task_local! {
     /// Whether the header of the request that this task serves has come.
@@ -38,11 +38,14 @@ pub fn service(
     conf: &Arc<ServerConf>,
     proxy: FastContainer,
     options: Option<HttpServerOptions>,
-) -> Service<Doorman<HttpProxy<FastContainer>>> {
-    let patience = proxy.house().config.header_timeout;
+) -> Service<Porter<Doorman<HttpProxy<FastContainer>>>> {
+    let config = &proxy.house().config;
+    let patience = config.header_timeout;
+    let balancers = if proxy.is_dispatcher() { Vec::new() } else { config.balancers.clone() };
     let mut app = http_proxy(conf, proxy);
     app.server_options = options;
-    Service::new("proxy".to_owned(), Doorman { app: Arc::new(app), patience })
+    let doorman = Doorman { app: Arc::new(app), patience };
+    Service::new("proxy".to_owned(), Porter::new(doorman, balancers, patience))
 }
 
 /// The header of the request that this task serves has come.

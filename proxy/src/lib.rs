@@ -33,6 +33,7 @@ pub mod metrics;
 pub mod nodes;
 pub mod pages;
 pub mod phases;
+pub mod proxy_protocol;
 pub mod quirks;
 pub mod remote;
 pub mod seal;
@@ -95,6 +96,12 @@ impl FastContainer {
     #[must_use]
     pub fn dispatcher(&self) -> Self {
         Self { entrance: Entrance::Dispatch, ..self.clone() }
+    }
+
+    /// Whether it is that.
+    #[must_use]
+    pub fn is_dispatcher(&self) -> bool {
+        self.entrance == Entrance::Dispatch
     }
 
     /// What all its apps share.

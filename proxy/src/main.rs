@@ -61,6 +61,10 @@ struct Options {
     /// Networks whose X-Forwarded-* headers are believed, such as 10.0.0.0/8; may be given more than once
     #[arg(long, value_name = "NETWORK")]
     trust: Vec<Network>,
+    /// Networks of balancers that begin each connection with a PROXY protocol header (version 1 or 2), which says who the
+    /// client is; one without is closed, one from anywhere else never believed; may be given more than once
+    #[arg(long, value_name = "NETWORK")]
+    trust_proxy: Vec<Network>,
     /// Most requests that wait for an instance, in all apps together
     #[arg(long, default_value_t = 10_000)]
     hold_limit: usize,
@@ -122,6 +126,7 @@ fn run(options: Options) -> anyhow::Result<()> {
     let config = Config {
         hold_limit: options.hold_limit,
         trusted: options.trust,
+        balancers: options.trust_proxy,
         header_timeout: Duration::from_secs(options.header_timeout),
         grace: Duration::from_secs(options.grace),
         access_log: options.access_log,

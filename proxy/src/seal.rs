@@ -73,7 +73,7 @@ pub enum KeyError {
     Length {
         /// Which file.
         path: PathBuf,
-        /// How many bytes there are, white space at both ends left out.
+        /// How many bytes there are.
         length: usize,
     },
 }
@@ -93,7 +93,7 @@ pub enum SealFault {
 }
 
 impl ClusterKey {
-    /// Reads it from a file; white space at both ends does not count.
+    /// Reads it from a file.
     ///
     /// # Errors
     /// [`KeyError`].
@@ -105,14 +105,15 @@ impl ClusterKey {
             return Err(KeyError::Length { path: path.to_owned(), length });
         }
         let bytes = fs::read(path).map_err(fail)?;
-        let length = bytes.trim_ascii().len();
-        Self::new(&bytes).ok_or_else(|| KeyError::Length { path: path.to_owned(), length })
+        Self::new(&bytes).ok_or_else(|| KeyError::Length { path: path.to_owned(), length: bytes.len() })
     }
 
-    /// The key that these bytes are, if they are enough.
+    /// The key that these bytes are, if they are enough. Of a text the white space at both ends does not count, which
+    /// editors like to add; of random bytes each does.
     #[must_use]
     pub fn new(bytes: &[u8]) -> Option<Self> {
-        let bytes = bytes.trim_ascii();
+        let text = bytes.iter().all(|byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace());
+        let bytes = if text { bytes.trim_ascii() } else { bytes };
         if bytes.len() < KEY_MIN {
             return None;
         }
@@ -257,6 +258,12 @@ mod tests {
     fn a_key_is_long_enough_and_never_shown() {
         assert!(ClusterKey::new(b"short\n").is_none());
         assert!(ClusterKey::new(&[b' '; 64]).is_none());
+        assert!(ClusterKey::new(&[b'x'; 31]).is_none());
+        let mut random = [0xf3; 32];
+        (random[0], random[31]) = (b' ', b'\n');
+        assert!(ClusterKey::new(&random).is_some(), "a random byte may look like white space");
+        let edited = ClusterKey::new(b"kkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkk\n").unwrap();
+        assert_eq!(edited.check("GET", b"/x", &sealed()), Ok(()), "an editor's last line end");
         assert!(!format!("{:?}", key(b'k')).contains("kk"));
     }
 }
