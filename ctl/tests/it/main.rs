@@ -33,6 +33,7 @@ mod metrics;
 mod network;
 mod oci;
 mod orders;
+mod provision;
 mod registry;
 mod scaling;
 mod sleep;
