@@ -349,6 +349,7 @@ impl Launch {
             attendants.goes_on(port, trace.begun_unix_us());
         }
         let mut kill_at: Option<Instant> = None;
+        let mut kills = 0;
         let mut probe: Option<tokio::task::JoinHandle<std::io::Result<ready::Ready>>> = None;
         loop {
             let deadline = kill_at.or((!listens && failure.is_none()).then_some(start_deadline));
@@ -439,11 +440,26 @@ impl Launch {
                             false => self.not_made_in_time(made.pid),
                         });
                     }
+                    kills += 1;
+                    if kills == 2 {
+                        self.tell_that_it_stays(&made.group);
+                    }
                     self.host.keeper.kill(&container, SIGKILL);
                     kill_at = Some(Instant::now() + Duration::from_secs(5));
                 }
             }
         }
+    }
+
+    /// It was killed a while ago and is still there: something in it waits where no signal ends the wait.
+    fn tell_that_it_stays(&self, group: &Group) {
+        let waiting = group.uninterruptible().map_or(String::new(), |(pid, program, place)| {
+            format!(": process {pid} ({program}) waits in the kernel{place}")
+        });
+        let storage = if self.app.volumes.is_empty() { "" } else { "; does the DataPool hang?" };
+        let id = name(&self.app.name, self.generation);
+        let message = format!("{id} was killed and does not end{waiting}{storage}");
+        self.host.events.emit("does-not-end", Some(&self.app.name), Some(self.generation), message);
     }
 
     /// Its stop signal; returns when SIGKILL is to follow.

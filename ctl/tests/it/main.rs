@@ -37,6 +37,7 @@ mod provision;
 mod registry;
 mod scaling;
 mod sleep;
+mod starved;
 mod storm;
 
 mod tiers;
