@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     hook::Hook,
     network::Network,
+    provision::ProvisionStep,
     units::{Bytes, Millicores},
 };
 
@@ -58,6 +59,9 @@ pub struct Container {
     pub workdir: String,
     /// Environment.
     pub env: BTreeMap<String, String>,
+    /// What is done to the image once, before anything runs from it, in the file's order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub provision: Vec<ProvisionStep>,
 }
 
 /// `[[volume]]`.

@@ -13,6 +13,7 @@ pub mod instance;
 mod mirror;
 pub mod network;
 pub mod placement;
+pub mod provision;
 pub mod redis;
 pub mod store;
 pub mod transition;

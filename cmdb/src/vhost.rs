@@ -6,6 +6,7 @@
 mod fault;
 mod hooks;
 mod image;
+mod provision;
 mod read;
 mod reader;
 mod schema;

@@ -380,6 +380,38 @@ fn a_hook_that_could_do_harm_or_nothing_is_refused() {
 }
 
 #[test]
+fn provisioning_steps_are_read_in_their_order() {
+    let text = format!(
+        "{LEAST}[[provision]]\nname = \"php\"\nrun = [\"/bin/sh\", \"-c\", \"apt-get -y install php\"]\n\
+         env = {{ DEBIAN_FRONTEND = \"noninteractive\" }}\n\
+         [[provision]]\nname = \"site\"\nrun = [\"make\"]\nuser = \"www-data\"\ntimeout = \"2m\"\n"
+    );
+    let steps = parse(&text).unwrap().container.provision;
+    assert_eq!(steps.iter().map(|step| step.name.as_str()).collect::<Vec<_>>(), ["php", "site"]);
+    assert_eq!(steps[0].env["DEBIAN_FRONTEND"], "noninteractive");
+    assert_eq!((steps[0].user.as_str(), steps[1].user.as_str()), ("", "www-data"));
+    assert_eq!((steps[0].timeout, steps[1].timeout), (Duration::from_secs(600), Duration::from_secs(120)));
+}
+
+#[test]
+fn a_provisioning_step_that_makes_no_sense_is_refused() {
+    let said = |lines: &str| faults(&format!("{LEAST}[[provision]]\n{lines}\n")).join("\n");
+    for (lines, fault) in [
+        ("name = \"a\"", "has no \"run\""),
+        ("run = [\"x\"]", "has no \"name\""),
+        ("name = \"a\"\nrun = []", "names no program"),
+        ("name = \"a\"\nrun = \"x\"", "run"),
+        ("name = \" \"\nrun = [\"x\"]", "is no name for a step"),
+        ("name = \"a\\nb\"\nrun = [\"x\"]", "is no name for a step"),
+        ("name = \"a\"\nrun = [\"x\"]\ntimeout = \"2h\"", "too long"),
+        ("name = \"a\"\nrun = [\"x\"]\n[[provision]]\nname = \"a\"\nrun = [\"y\"]", "two steps are called"),
+        ("name = \"a\"\nrun = [\"x\"]\non-failure = \"warn\"", "has no key \"on-failure\""),
+    ] {
+        assert!(said(lines).contains(fault), "{lines}: {}", said(lines));
+    }
+}
+
+#[test]
 fn a_share_of_the_memory_is_a_share() {
     let with = |share: &str| parse(&format!("{LEAST}[lifecycle]\nrecycle-at = \"{share}\"\n"));
     assert_eq!(with("80%").unwrap().lifecycle.recycle_at, Some(80));

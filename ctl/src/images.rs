@@ -30,7 +30,9 @@ pub(crate) async fn run(global: &Global, out: &mut Output) -> Result<(), Failure
         match number.checked_sub(1).and_then(|row| images.get(row)).map(|image| image.state.as_str()) {
             None => out.line(&out.paint(Style::Bold, &line))?,
             Some("failed") => out.line(&out.paint(Style::Red, &line))?,
-            Some("waiting" | "fetching" | "unpacking") => out.line(&out.paint(Style::Yellow, &line))?,
+            Some("waiting" | "fetching" | "unpacking" | "provisioning") => {
+                out.line(&out.paint(Style::Yellow, &line))?
+            }
             Some(_) => out.line(&line)?,
         }
     }
@@ -52,11 +54,12 @@ fn lines(images: &[ImageStatus]) -> Vec<String> {
 }
 
 fn row(image: &ImageStatus) -> Vec<String> {
+    let step = image.step.as_ref().map_or(String::new(), |step| format!(" {}", text::clean(step)));
     let state = match (image.fetched, image.to_fetch) {
         (Some(fetched), Some(all)) if all > 0 => {
             format!("{} {}%", image.state, fetched.saturating_mul(100) / all)
         }
-        _ => image.state.clone(),
+        _ => format!("{}{step}", image.state),
     };
     // A digest's beginning tells versions apart; --json has the whole.
     let id: String = image.id.chars().take(18).collect();
@@ -85,6 +88,7 @@ mod tests {
             bytes: None,
             fetched: Some(30),
             to_fetch: Some(120),
+            step: None,
             apps: ["a", "b", "c", "d"].iter().map(|name| name.parse().unwrap()).collect(),
             error: String::new(),
             next_look_ms: None,

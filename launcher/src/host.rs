@@ -29,6 +29,7 @@ use crate::{
     network::NetNs,
     outbound::{self, Outbound},
     overrides::Overrides,
+    provision::Provisioner,
     sandbox::ContainerId,
     supervisor::{Message, Supervisor},
 };
@@ -64,6 +65,8 @@ pub struct Host {
     pub ledger: Ledger,
     /// The network of those that may connect out.
     pub outbound: Outbound,
+    /// Runs provisioning steps.
+    pub provisioner: Provisioner,
     /// Runs the operator's programs.
     pub hooks: Arc<Hooks>,
     /// An empty directory on which each container stages its root, in its own mount namespace.
@@ -163,6 +166,7 @@ impl Host {
             ledger: parts.ledger,
             outbound: Outbound::new(parts.outbound, Arc::clone(&parts.events)),
             events: parts.events,
+            provisioner: Provisioner::default(),
             hooks: Arc::new(parts.hooks),
             staging: parts.staging,
             datapool: parts.datapool,
@@ -250,6 +254,11 @@ impl Host {
     /// Every supervisor that has begun.
     pub fn supervisors(&self) -> Vec<mpsc::UnboundedSender<Message>> {
         lock(&self.supervisors).values().cloned().collect()
+    }
+
+    /// Whether nothing is to begin any more.
+    pub fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::SeqCst)
     }
 
     /// No supervisor begins from now on.

@@ -224,8 +224,7 @@ impl Launch {
         events: &mut mpsc::UnboundedReceiver<KeeperEvent>,
     ) -> Result<Made, End> {
         self.hooks_before(Point::BeforeCreate, &self.subject(), &mut trace).await?;
-        let container = &self.app.container;
-        let resolved = self.host.images.resolve_over(container.base.as_deref(), &container.image).await;
+        let resolved = crate::provision::resolve(&self.host, &self.app).await;
         let image = resolved.map_err(|e| self.cannot(&e))?;
         trace.lap("image");
 
@@ -255,8 +254,17 @@ impl Launch {
         let (port, stop_signal) = (plan.port, image.config.stop_signal());
         let outputs = vec![spare_out, spare_err];
         let hosts = link.as_mut().and_then(|link| link.hosts.take());
-        let fds =
-            PlanFds { layers: image.fds, cgroup_tasks, cgroup_dir, hosts, gate, stdout, stderr, outputs };
+        let fds = PlanFds {
+            layers: image.fds,
+            cgroup_tasks,
+            cgroup_dir,
+            hosts,
+            upper: None,
+            gate,
+            stdout,
+            stderr,
+            outputs,
+        };
         let created = self.host.keeper.create(plan, fds).await.map_err(|e| self.not_created(&e))?;
 
         let pid = created.pid;
@@ -293,10 +301,12 @@ impl Launch {
 
     fn why_not_made(&self) -> String {
         let why_not = |image: &String| Some((image.clone(), self.host.images.preparation(image)?.why_not()?));
-        match crate::preparation::images_of(&self.app).find_map(why_not) {
-            Some((image, why)) => format!("was not made: image {image} {why};"),
-            None => "was not made".to_owned(),
+        if let Some((image, why)) = crate::preparation::images_of(&self.app).find_map(why_not) {
+            return format!("was not made: image {image} {why};");
         }
+        let recipe = crate::image::Recipe::of(&self.app);
+        let why = recipe.and_then(|recipe| self.host.images.preparation(&recipe.key)?.why_not());
+        why.map_or_else(|| "was not made".to_owned(), |why| format!("was not made: its image {why};"))
     }
 
     /// A process that ended before its network could be entered has a cause of its own to tell.
@@ -339,6 +349,7 @@ impl Launch {
             attendants.goes_on(port, trace.begun_unix_us());
         }
         let mut kill_at: Option<Instant> = None;
+        let mut kills = 0;
         let mut probe: Option<tokio::task::JoinHandle<std::io::Result<ready::Ready>>> = None;
         loop {
             let deadline = kill_at.or((!listens && failure.is_none()).then_some(start_deadline));
@@ -429,11 +440,26 @@ impl Launch {
                             false => self.not_made_in_time(made.pid),
                         });
                     }
+                    kills += 1;
+                    if kills == 2 {
+                        self.tell_that_it_stays(&made.group);
+                    }
                     self.host.keeper.kill(&container, SIGKILL);
                     kill_at = Some(Instant::now() + Duration::from_secs(5));
                 }
             }
         }
+    }
+
+    /// It was killed a while ago and is still there: something in it waits where no signal ends the wait.
+    fn tell_that_it_stays(&self, group: &Group) {
+        let waiting = group.uninterruptible().map_or(String::new(), |(pid, program, place)| {
+            format!(": process {pid} ({program}) waits in the kernel{place}")
+        });
+        let storage = if self.app.volumes.is_empty() { "" } else { "; does the DataPool hang?" };
+        let id = name(&self.app.name, self.generation);
+        let message = format!("{id} was killed and does not end{waiting}{storage}");
+        self.host.events.emit("does-not-end", Some(&self.app.name), Some(self.generation), message);
     }
 
     /// Its stop signal; returns when SIGKILL is to follow.
@@ -585,7 +611,7 @@ pub(crate) fn name(app: &AppName, generation: Generation) -> String {
 }
 
 /// A pipe at which the container waits for its network, if it is to have one: its end and ours.
-fn gate(wanted: bool) -> std::io::Result<(Option<OwnedFd>, Option<OwnedFd>)> {
+pub(crate) fn gate(wanted: bool) -> std::io::Result<(Option<OwnedFd>, Option<OwnedFd>)> {
     if !wanted {
         return Ok((None, None));
     }

@@ -230,19 +230,7 @@ impl Clerk {
             return;
         }
         let opened = match File::open(&self.path) {
-            Err(FileError::Unreadable(reason)) => match set_aside(&self.path) {
-                Ok(aside) => {
-                    self.tell(format!(
-                        "{} cannot be read ({reason}); it was moved to {} and an empty ledger begun",
-                        self.path.display(),
-                        aside.display()
-                    ));
-                    File::open(&self.path)
-                }
-                Err(error) => {
-                    Err(FileError::Unavailable(format!("{reason}, and it cannot be moved: {error}")))
-                }
-            },
+            Err(FileError::Unreadable(reason)) => self.begin_another(&reason),
             opened => opened,
         };
         match opened {
@@ -258,6 +246,18 @@ impl Clerk {
             }
             Err(error) => self.ail(&error),
         }
+    }
+
+    /// The damaged file is kept beside a new one.
+    fn begin_another(&self, reason: &str) -> Result<(File, Book), FileError> {
+        let path = self.path.display();
+        let aside = set_aside(&self.path)
+            .map_err(|error| FileError::Unavailable(format!("{reason}, and it cannot be moved: {error}")))?;
+        self.tell(format!(
+            "{path} cannot be read ({reason}); it was moved to {} and an empty ledger begun",
+            aside.display()
+        ));
+        File::open(&self.path)
     }
 
     fn take(&mut self, job: Job) {
@@ -287,7 +287,14 @@ impl Clerk {
                 self.look(true);
                 self.commit(false);
                 let lines = match &self.file {
-                    Some(file) => file.read(since_unix_s, by, app.as_ref()).map_err(|e| e.to_string()),
+                    Some(file) => match file.read(since_unix_s, by, app.as_ref()) {
+                        Err(error) => {
+                            let words = error.to_string();
+                            self.lose(error);
+                            Err(words)
+                        }
+                        lines => lines.map_err(|error| error.to_string()),
+                    },
                     None => Err("the ledger cannot be written at the moment; see `events`".to_owned()),
                 };
                 let _ = reply.send(lines);
@@ -334,7 +341,7 @@ impl Clerk {
         if self.file.is_none() {
             match File::open(&self.path) {
                 Ok((file, _)) => self.file = Some(file),
-                Err(error) => return self.ail(&error),
+                Err(error) => return self.lose(error),
             }
         }
         let Some(file) = &self.file else { return };
@@ -343,12 +350,26 @@ impl Clerk {
                 self.book.written();
                 self.recover();
             }
-            Err(error) => {
-                // After an error redb refuses everything until it is opened anew.
-                self.file = None;
-                self.ail(&error);
-            }
+            Err(error) => self.lose(error),
         }
+    }
+
+    /// After an error redb refuses everything until the file is opened anew. One that is damaged is set aside; what it holds
+    /// beyond repair is lost, what is in memory goes into another.
+    fn lose(&mut self, error: FileError) {
+        self.file = None;
+        let error = match error {
+            FileError::Unreadable(reason) => match self.begin_another(&reason) {
+                Ok((file, _)) => {
+                    self.file = Some(file);
+                    self.book.move_house();
+                    return;
+                }
+                Err(error) => error,
+            },
+            unavailable => unavailable,
+        };
+        self.ail(&error);
     }
 
     /// Once an hour: what is old takes less room.
@@ -363,10 +384,7 @@ impl Clerk {
         self.book.totals.retain(|(proxy, _), _| self.heard.contains_key(proxy));
         match file.fold(hour, |proxy| self.heard.contains_key(&proxy)) {
             Ok(()) => self.folded = Some(hour),
-            Err(error) => {
-                self.file = None;
-                self.ail(&error);
-            }
+            Err(error) => self.lose(error),
         }
     }
 

@@ -27,6 +27,7 @@ pub mod outbound;
 pub mod output;
 pub mod overrides;
 pub mod preparation;
+pub mod provision;
 pub mod ready;
 pub mod reclaim;
 pub mod sandbox;

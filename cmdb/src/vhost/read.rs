@@ -12,7 +12,7 @@ use toml::de::DeTable;
 use super::{
     LARGEST, app_name,
     fault::{Fault, without_mark},
-    hooks, image,
+    hooks, image, provision,
     reader::{Reader, Section},
     too_large,
 };
@@ -120,12 +120,13 @@ fn read(
     let hold = reader.section(top, "hold");
     let hold = read_hold(reader, hold);
     let hooks = hooks::read(reader, top);
+    let steps = provision::read(reader, top);
     let names = names?;
     let app = App {
         // The file's name is put in its place by the caller.
         name: "unnamed".parse().ok()?,
         server_names: names.iter().map(|named| named.pattern.clone()).collect(),
-        container: container?,
+        container: Container { provision: steps?, ..container? },
         volumes: volumes.into_iter().collect::<Option<_>>()?,
         network,
         resources,
@@ -208,10 +209,20 @@ fn read_container(reader: &mut Reader<'_>, section: Section<'_>, base: &Path) ->
         None => String::new(),
     };
     let env = read_env(reader, section);
-    Some(Container { image: image?, base: base_image, command: command?, port, user, workdir, env })
+    Some(Container {
+        image: image?,
+        base: base_image,
+        command: command?,
+        port,
+        user,
+        workdir,
+        env,
+        // Put in its place by the caller.
+        provision: Vec::new(),
+    })
 }
 
-fn read_env(reader: &mut Reader<'_>, section: Section<'_>) -> BTreeMap<String, String> {
+pub(super) fn read_env(reader: &mut Reader<'_>, section: Section<'_>) -> BTreeMap<String, String> {
     let mut env = BTreeMap::new();
     for (name, value) in reader.pairs(section, "env").unwrap_or_default() {
         let unfit = |c: char| c == '=' || c.is_whitespace() || c.is_control();

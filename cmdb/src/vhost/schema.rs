@@ -32,9 +32,13 @@ const fn key(
 }
 
 /// The sections in the order of the reference, with what each is about. `volume` is an array of tables.
-pub(super) const SECTIONS: [(&str, &str); 9] = [
+pub(super) const SECTIONS: [(&str, &str); 10] = [
     ("", "Which requests are the app's."),
     ("container", "What runs."),
+    (
+        "provision",
+        "Steps that are done to the image once, in the file's order, before anything runs from it; each `[[provision]]` is one. A step runs in a container of its own, made of the image and of what the steps before it have written, with the app's limits of memory and processes, one core, the destinations of `[network]`, and without volumes. What it writes is a read-only layer over the image from then on; the image itself is never changed. It is known by its content: a step runs again when the image, `outbound`, the step or one before it has changed, and never otherwise; apps with the same image and the same steps share what was made. Steps run as soon as the file is there, ahead of the first request. A step fails when it exits with another status than 0 or takes too long; it is tried again later and later. While the steps are done anew because the image has changed, what they made of the one before is used. A `dir:` image counts as changed when something at its top has; its apps wait for the steps.",
+    ),
     ("volume", "Folders of the DataPool inside the container; each `[[volume]]` is one."),
     ("network", "Where it may connect to. Requests reach it without any of this."),
     ("resources", "What it may use."),
@@ -112,6 +116,46 @@ pub(super) const KEYS: &[Key] = &[
         "the image's",
         "{ WORDPRESS_DB_HOST = \"10.0.0.5\" }",
         "Environment, added to that of an `oci:` image. `PATH`, `HOME`, `HOSTNAME`, `PORT`, `FC_APP` and `FC_GENERATION` are given unless set here.",
+    ),
+    key(
+        "provision",
+        "name",
+        "a text",
+        "",
+        "\"php\"",
+        "What it is called in `events` and `images`; at most 64 characters, each name once.",
+    ),
+    key(
+        "provision",
+        "run",
+        "a list of texts",
+        "",
+        "[\"/bin/sh\", \"-c\", \"apt-get update && apt-get -y install php\"]",
+        "Program and arguments, of the image. What it leaves running is ended when it ends. Devices, sockets and fifos are not kept, nor what it does to `/etc/hosts`, `/etc/hostname` and `/etc/resolv.conf`, which every container gets from the launcher.",
+    ),
+    key(
+        "provision",
+        "user",
+        "a text",
+        "the container's root",
+        "\"www-data\"",
+        "Whom it runs as, as `container.user`; not the image's own user, for whom there would be little to provision.",
+    ),
+    key(
+        "provision",
+        "env",
+        "a table of texts",
+        "the image's",
+        "{ DEBIAN_FRONTEND = \"noninteractive\" }",
+        "Environment, added to the image's. The app's own `env` is not there: what the step makes is to depend on the step alone.",
+    ),
+    key(
+        "provision",
+        "timeout",
+        "a duration, at most 1h",
+        "\"10m\"",
+        "\"2m\"",
+        "After it the step has failed, and is ended with everything that it started.",
     ),
     key(
         "volume",
@@ -431,7 +475,7 @@ pub fn reference() -> String {
     for (section, about) in SECTIONS {
         let title = match section {
             "" => "The top of the file".to_owned(),
-            "volume" | "hook" => format!("`[[{section}]]`"),
+            "provision" | "volume" | "hook" => format!("`[[{section}]]`"),
             other => format!("`[{other}]`"),
         };
         // Writing to a String cannot fail.

@@ -23,6 +23,7 @@ pub(crate) fn app(name: &str, host: &str) -> App {
             user: String::new(),
             workdir: "/".into(),
             env: BTreeMap::new(),
+            provision: Vec::new(),
         },
         volumes: Vec::new(),
         network: cmdb::network::Network::default(),

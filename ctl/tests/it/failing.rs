@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::{
     host::Host,
-    http::{Connection, get, request},
+    http::{Connection, get, post, request},
     vhost::Vhost,
 };
 
@@ -158,5 +158,73 @@ fn an_app_that_dies_while_it_serves_is_woken_again() {
         events.iter().any(|e| e["kind"] == "exited" && e["message"].as_str().unwrap().contains("status 7")),
         "{events:?}"
     );
+    host.end();
+}
+
+#[test]
+fn an_app_that_resets_its_first_connection_costs_a_visitor_nothing() {
+    let blog = Vhost::probe("blog").env("RESET_FIRST", 1);
+    let shop = Vhost::probe("shop").env("RESET_FIRST", 1);
+    let host = Host::up(&[&blog, &shop]);
+
+    // What changes nothing may be asked again.
+    host.get(&blog, "/").expect_status(200);
+
+    // What may have changed something is not sent twice: its sender decides.
+    let order = || host.ask(&post(&shop.host(), "/upload", "an order")).unwrap();
+    assert_eq!(order().status, 502);
+    let taken = order().expect_status(200).json();
+    assert_eq!(taken["requests_seen"], 1, "{taken}");
+    assert_eq!(host.count("shop", "wake"), 1, "a reset is no reason for another instance");
+    host.end();
+}
+
+/// The median of so many requests.
+fn median(host: &Host, vhost: &Vhost, count: usize) -> Duration {
+    let mut times: Vec<Duration> = (0..count)
+        .map(|_| {
+            let begun = Instant::now();
+            host.get(vhost, "/").expect_status(200);
+            begun.elapsed()
+        })
+        .collect();
+    times.sort_unstable();
+    times[count / 2]
+}
+
+#[test]
+fn a_crash_loop_under_load_is_held_back_and_its_neighbour_goes_on() {
+    let (crashing, neighbour) =
+        (Vhost::probe("crashing").env("EXIT_AFTER_MS", 20), Vhost::probe("neighbour"));
+    let host = Host::up(&[&crashing, &neighbour]);
+    host.get(&neighbour, "/").expect_status(200);
+    let calm = median(&host, &neighbour, 100);
+
+    let begun = Instant::now();
+    let over = std::sync::atomic::AtomicBool::new(false);
+    let order = std::sync::atomic::Ordering::SeqCst;
+    let beside = std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !over.load(order) {
+                    let status = host.get(&crashing, "/").status;
+                    assert!([502, 503].contains(&status), "{status}");
+                    // As fast as impatient visitors press the button.
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            });
+        }
+        let beside: Vec<Duration> = (0..10).map(|_| median(&host, &neighbour, 50)).collect();
+        host.wait_for("another start", || host.count("crashing", "wake") > 1);
+        over.store(true, order);
+        beside
+    });
+
+    // Far from what a start for each request would cost, and no more than a busy machine can explain.
+    let worst = beside.iter().min().unwrap();
+    assert!(*worst < calm * 10 + Duration::from_millis(50), "{calm:?} alone, {beside:?} beside a crash loop");
+    let starts = host.count("crashing", "wake");
+    let most = 2 + usize::try_from(begun.elapsed().as_secs()).unwrap();
+    assert!(starts <= most, "{starts} starts in {:?}", begun.elapsed());
     host.end();
 }

@@ -33,9 +33,11 @@ mod metrics;
 mod network;
 mod oci;
 mod orders;
+mod provision;
 mod registry;
 mod scaling;
 mod sleep;
+mod starved;
 mod storm;
 
 mod tiers;

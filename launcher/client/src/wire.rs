@@ -473,9 +473,9 @@ pub struct Decision {
 /// One image that an app has.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct ImageStatus {
-    /// As the vhost file names it.
+    /// As the vhost file names it, followed by ` + ` and the name of each of its provisioning steps when it is about these.
     pub image: String,
-    /// `waiting`, `fetching`, `unpacking`, `ready`, `failed`; `folder` for one that is used where it lies.
+    /// `waiting`, `fetching`, `unpacking`, `provisioning`, `ready`, `failed`; `folder` for one that is used where it lies.
     pub state: String,
     /// What the next start uses (a digest, or folder and time); empty while there is nothing.
     pub id: String,
@@ -485,6 +485,9 @@ pub struct ImageStatus {
     pub fetched: Option<u64>,
     /// Bytes being fetched; 0 while that is not known.
     pub to_fetch: Option<u64>,
+    /// The provisioning step that runs: `1/2 php`.
+    #[serde(default)]
+    pub step: Option<String>,
     /// The apps that have it.
     pub apps: Vec<AppName>,
     /// Why the last preparation failed; empty when it did not.

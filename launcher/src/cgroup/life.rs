@@ -52,6 +52,22 @@ impl Group {
         Ok(())
     }
 
+    /// A process that waits in the kernel where no signal ends the wait (state `D`): its pid, its program, and where in the kernel
+    /// it is, in words, if that can be told.
+    pub fn uninterruptible(&self) -> Option<(i32, String, String)> {
+        let directory = self.directory(self.roles.unified.or(self.roles.freezer), "freezer").ok()?;
+        let processes = directory.run("list processes", files::processes).ok()?;
+        processes.into_iter().find_map(|pid| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+            let (before, after) = stat.rsplit_once(')')?;
+            after.trim_start().starts_with('D').then_some(())?;
+            let program = before.split_once('(').map_or(String::new(), |(_, program)| program.to_owned());
+            let place = std::fs::read_to_string(format!("/proc/{pid}/wchan")).unwrap_or_default();
+            let place = if place.len() > 1 { format!(" ({place})") } else { String::new() };
+            Some((pid, program, place))
+        })
+    }
+
     /// For how long it was frozen through this value, and whether it is now; costs no system call.
     pub fn slept(&self) -> (Duration, bool) {
         let sleep = self.sleep.lock().unwrap_or_else(PoisonError::into_inner);

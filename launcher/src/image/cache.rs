@@ -31,7 +31,10 @@ impl Cache {
         let mut known: BTreeMap<PathBuf, (Key, String)> = serde_json::from_slice(&text).unwrap_or_default();
         // Of those from elsewhere what there is holds, should they be away: who wants none of it says so with `retain`.
         known.retain(|source, _| {
-            super::remote::is_remote(&source.to_string_lossy()) || super::source_exists(source)
+            let name = source.to_string_lossy();
+            super::remote::is_remote(&name)
+                || name.starts_with(super::steps::RECIPE)
+                || super::source_exists(source)
         });
         Cache { file, known }
     }

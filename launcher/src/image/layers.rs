@@ -21,8 +21,8 @@ use super::{
 pub(super) const LAYER: &str = "layer-";
 /// Names of images in the store: this and the digest of the manifest. The record is a file of that name with `.json`.
 pub(super) const IMAGE: &str = "oci-";
-const TREE: &str = "tree";
-const ABOUT: &str = "about.json";
+pub(super) const TREE: &str = "tree";
+pub(super) const ABOUT: &str = "about.json";
 
 /// What an image is made of; written when all of it is there.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -30,6 +30,9 @@ pub(super) struct Record {
     /// Names of layers in the store, lowest first.
     pub(super) layers: Vec<String>,
     pub(super) config: ImageConfig,
+    /// The image, see [`Layers::id`], over which these layers belong; `None`: they are the whole of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) over: Option<String>,
 }
 
 /// What is known of an unpacked layer.
@@ -101,7 +104,7 @@ impl Inner {
             left.bytes = left.bytes.saturating_sub(about.bytes);
             left.entries = left.entries.saturating_sub(about.entries);
         }
-        let record = Record { layers, config: image.config };
+        let record = Record { layers, config: image.config, over: None };
         self.write_record(&name, &record)?;
         Ok(name)
     }
@@ -174,7 +177,7 @@ impl Inner {
         filled.inspect_err(|_| remove_tree(&unfinished))
     }
 
-    fn write_record(&self, name: &str, record: &Record) -> Result<(), ImageError> {
+    pub(super) fn write_record(&self, name: &str, record: &Record) -> Result<(), ImageError> {
         let file = self.dir.join(format!("{name}.json"));
         let new = self.dir.join(format!("{UNFINISHED}{name}.json"));
         let text = serde_json::to_vec(record).unwrap_or_default();
@@ -221,7 +224,7 @@ fn is_opaque(tree: impl std::os::fd::AsFd) -> bool {
 }
 
 /// The root of a layer, as accessible as a root is, whatever the umask.
-fn make_root(path: &Path) -> io::Result<()> {
+pub(super) fn make_root(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     fs::create_dir(path)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o755))

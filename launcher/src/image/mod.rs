@@ -14,11 +14,13 @@ pub(crate) mod oci;
 mod options;
 mod remote;
 mod state;
+mod steps;
 mod tree;
 mod unpack;
 mod usage;
+mod written;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -37,7 +39,10 @@ pub use options::Options;
 pub use remote::FetchError;
 use state::States;
 pub use state::{Preparation, Stage};
+use steps::STEP;
+pub use steps::{Made, Recipe, Scratch as StepScratch};
 pub use unpack::{Bounds, Refused};
+pub use written::WrittenError;
 
 /// Names of directories that are being filled or emptied; whatever bears them at a start is rubbish.
 const UNFINISHED: &str = ".unfinished-";
@@ -62,6 +67,8 @@ struct Inner {
     due: tokio::sync::Notify,
     /// One unpacking at a time for each archive.
     flights: Mutex<HashMap<PathBuf, Arc<tokio::sync::Mutex<()>>>>,
+    /// What steps have made that is wanted though no image that is whole has it.
+    kept: Mutex<HashSet<String>>,
     /// Unpacked versions that somebody uses.
     leases: Mutex<HashMap<String, Weak<str>>>,
 }
@@ -84,7 +91,7 @@ pub struct Layers {
 const OVER: char = '+';
 
 impl Layers {
-    fn over(self, below: Layers) -> Layers {
+    pub(crate) fn over(self, below: Layers) -> Layers {
         let config = if self.config == ImageConfig::default() { below.config } else { self.config };
         let mut fds = below.fds;
         fds.extend(self.fds);
@@ -163,6 +170,12 @@ pub enum ImageError {
         /// Why not.
         error: FetchError,
     },
+    /// What a provisioning step has written cannot be kept.
+    #[error("{error}")]
+    Written {
+        /// Why not.
+        error: WrittenError,
+    },
     /// No room is left.
     #[error(
         "the images would take more than {space} bytes (`up --image-space`), of which {used} are used; `fastcontainer images` shows by what"
@@ -230,6 +243,7 @@ impl ImageStore {
             sizes: Mutex::default(),
             due: tokio::sync::Notify::new(),
             flights: Mutex::default(),
+            kept: Mutex::default(),
             leases: Mutex::default(),
         };
         Ok(ImageStore { inner: Arc::new(inner) })
@@ -287,10 +301,8 @@ impl ImageStore {
     /// Holds the image of that [`Layers::id`], for a container that was made from it earlier.
     #[must_use]
     pub fn lease(&self, id: &str) -> Lease {
-        let records = id.split(OVER).filter_map(|id| self.inner.record(id));
-        let layers = records.flat_map(|record| record.layers);
-        let names = id.split(OVER).map(ToOwned::to_owned).chain(layers);
-        Lease { names: Vec::new() }.and(names.map(|name| self.inner.hold(&name)))
+        let names = self.inner.all_of(id);
+        Lease { names: Vec::new() }.and(names.iter().map(|name| self.inner.hold(name)))
     }
 
     /// A directory is opened, not copied: in a blocking thread, because it may lie on a network file system.
@@ -298,14 +310,13 @@ impl ImageStore {
         let path = path.to_owned();
         blocking(path.clone(), move || {
             let fd = open_dir(&path).map_err(|error| ImageError::open(&path, error))?;
-            let stat = rustix::fs::fstat(&fd).map_err(|error| ImageError::io(&path, "stat", error))?;
             let entries = Dir::read_from(&fd).map_err(|error| ImageError::io(&path, "read", error))?;
             let mut names =
                 entries.flatten().filter(|entry| !matches!(entry.file_name().to_bytes(), b"." | b".."));
             if names.next().is_none() {
                 return Err(ImageError::Empty { path });
             }
-            let id = format!("dir-{}-{}-{}", stat.st_dev, stat.st_ino, stat.st_mtime);
+            let id = folder_id(&fd).map_err(|error| ImageError::io(&path, "stat", error))?;
             let lease = Lease { names: Vec::new() };
             Ok(Layers { fds: vec![fd], id, config: ImageConfig::default(), lease })
         })
@@ -418,15 +429,18 @@ impl Inner {
 
     /// Removes unpacked versions that are neither the newest of an image nor used by anybody.
     fn remove_unused(&self) {
-        let mut wanted = self.lock_cache().names();
-        let layers: Vec<String> =
-            wanted.iter().filter_map(|name| self.record(name)).flat_map(|record| record.layers).collect();
-        wanted.extend(layers);
+        let mut wanted = HashSet::new();
+        for name in self.lock_cache().names() {
+            wanted.extend(self.all_of(&name));
+        }
+        wanted.extend(self.kept.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned());
         let Ok(entries) = std::fs::read_dir(&self.dir) else { return };
         for entry in entries.flatten() {
             let file = entry.file_name().to_string_lossy().into_owned();
             let name = file.strip_suffix(".json").unwrap_or(&file);
-            if ![UNPACKED, LAYER, IMAGE].iter().any(|kind| name.starts_with(kind)) || wanted.contains(name) {
+            if ![UNPACKED, LAYER, IMAGE, STEP].iter().any(|kind| name.starts_with(kind))
+                || wanted.contains(name)
+            {
                 continue;
             }
             let aside = self.dir.join(format!("{UNFINISHED}{file}"));
@@ -457,6 +471,12 @@ impl Inner {
 /// Whether the file or folder of a `tar:` or `oci:` image is still there.
 fn source_exists(source: &Path) -> bool {
     source.exists() || oci::Reference::parse(&source.to_string_lossy()).path.exists()
+}
+
+/// What a `dir:` image is, as far as its own directory tells.
+fn folder_id(folder: &OwnedFd) -> io::Result<String> {
+    let stat = rustix::fs::fstat(folder)?;
+    Ok(format!("dir-{}-{}-{}", stat.st_dev, stat.st_ino, stat.st_mtime))
 }
 
 async fn blocking<T: Send + 'static>(
@@ -499,12 +519,14 @@ fn tempfile_in(dir: &Path) -> io::Result<PathBuf> {
     Ok(path)
 }
 
-/// Removes a tree of ours; the standard library does not follow symbolic links there.
+/// Removes a tree of ours, whatever a container has made of it; symbolic links are not followed.
 fn remove_tree(path: &Path) {
-    let removed = std::fs::remove_dir_all(path).or_else(|error| match error.kind() {
-        io::ErrorKind::NotADirectory => std::fs::remove_file(path),
-        _ => Err(error),
-    });
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let removed = match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(tree) => written::wipe(&tree).map_err(io::Error::from).and_then(|()| std::fs::remove_dir(path)),
+        Err(rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => std::fs::remove_file(path),
+        Err(errno) => Err(errno.into()),
+    };
     if let Err(error) = removed
         && error.kind() != io::ErrorKind::NotFound
     {

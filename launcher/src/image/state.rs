@@ -20,6 +20,15 @@ pub enum Stage {
     },
     /// Is being unpacked and verified.
     Unpacking,
+    /// A step of its provisioning runs.
+    Provisioning {
+        /// Which, from 1.
+        step: usize,
+        /// Of how many.
+        of: usize,
+        /// What it is called.
+        name: String,
+    },
     /// Can be used.
     Ready,
     /// Could not be had; it is tried again.
@@ -51,6 +60,9 @@ impl Preparation {
             Stage::Fetching { bytes: 0, of: 0 } => Some("is being fetched".to_owned()),
             Stage::Fetching { bytes, of } => {
                 Some(format!("is being fetched ({} of {} MiB have come)", bytes >> 20, of.max(bytes) >> 20))
+            }
+            Stage::Provisioning { step, of, ref name } => {
+                Some(format!("is being provisioned: step {step} of {of}, {name:?}, runs"))
             }
             Stage::Unpacking => Some("is being unpacked".to_owned()),
             Stage::Failed => Some(format!("could not be prepared: {}", self.error)),

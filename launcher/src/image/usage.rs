@@ -1,18 +1,20 @@
 //! How much room images take, what is known of them, and what becomes of those that nobody wants.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use cmdb::app::Container;
+use cmdb::App;
 use tokio::time::Instant;
 
 use super::cache::Key;
 use super::layers::LAYER;
 use super::remote::{self, Scratch};
+use super::steps::{Recipe, STEP};
 use super::{
     Bounds, ImageError, ImageStore, Inner, Layers, OVER, Preparation, Refused, Stage, UNFINISHED, UNPACKED,
+    open_dir, written,
 };
 use crate::fetch::Order;
 use crate::image::oci::Layout;
@@ -33,7 +35,11 @@ impl ImageStore {
 
     /// What the next start of an app uses, see [`Layers::id`]; `None` when that is not known without looking.
     #[must_use]
-    pub fn current(&self, container: &Container) -> Option<String> {
+    pub fn current(&self, app: &App) -> Option<String> {
+        if let Some(recipe) = Recipe::of(app) {
+            return self.current_of(&recipe.key);
+        }
+        let container = &app.container;
         let image = self.current_of(&container.image)?;
         match &container.base {
             Some(base) => Some(format!("{image}{OVER}{}", self.current_of(base)?)),
@@ -48,12 +54,11 @@ impl ImageStore {
     /// Bytes that an image takes unpacked, shared layers included; `None` for what is not unpacked.
     #[must_use]
     pub fn bytes(&self, id: &str) -> Option<u64> {
-        let names = match self.inner.record(id) {
-            Some(record) => record.layers,
-            None if id.starts_with(UNPACKED) => vec![id.to_owned()],
-            None => return None,
-        };
-        Some(names.iter().map(|name| self.inner.size(name)).sum())
+        let kinds = [UNPACKED, LAYER, STEP];
+        let mut names = self.inner.all_of(id);
+        // The record of an image takes no room worth telling; that of a step has the name of its layer.
+        names.retain(|name| kinds.iter().any(|kind| name.starts_with(kind)));
+        (!names.is_empty()).then(|| names.iter().map(|name| self.inner.size(name)).sum())
     }
 
     /// Bytes that all unpacked images take.
@@ -62,8 +67,10 @@ impl ImageStore {
         self.inner.used()
     }
 
-    /// Forgets all images but these, and removes what is neither newest nor used by an instance.
-    pub fn retain(&self, wanted: &BTreeSet<String>) {
+    /// Forgets all images and recipes but these, and removes what is neither newest, nor made by these steps, nor used by an
+    /// instance.
+    pub fn retain(&self, wanted: &BTreeSet<String>, steps: HashSet<String>) {
+        *self.inner.kept.lock().unwrap_or_else(PoisonError::into_inner) = steps;
         self.inner.lock_states().retain(|image| wanted.contains(image));
         let is_wanted = |source: &Path| {
             let source = source.to_string_lossy();
@@ -197,7 +204,8 @@ impl Inner {
         let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
         names
             .filter(|name| {
-                name.starts_with(LAYER) || name.starts_with(UNPACKED) || name.starts_with(UNFINISHED)
+                [LAYER, UNPACKED, UNFINISHED].iter().any(|kind| name.starts_with(kind))
+                    || (name.starts_with(STEP) && !name.ends_with(".json"))
             })
             .map(|name| self.size(&name))
             .sum()
@@ -218,30 +226,10 @@ impl Inner {
         if let Some(bytes) = known(self) {
             return bytes;
         }
-        let bytes = disk_bytes(&self.dir.join(name));
+        let bytes = open_dir(&self.dir.join(name)).map_or(0, |tree| written::bytes(&tree));
         if !unfinished {
             self.sizes.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), bytes);
         }
         bytes
     }
-}
-
-/// Bytes on disk of a tree, each file counted once however many names it has.
-fn disk_bytes(path: &Path) -> u64 {
-    use std::os::unix::fs::MetadataExt as _;
-    let mut seen = std::collections::HashSet::new();
-    let mut folders = vec![path.to_owned()];
-    let mut bytes = 0;
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
-            let Ok(meta) = entry.metadata() else { continue };
-            if meta.is_dir() {
-                folders.push(entry.path());
-            }
-            if meta.nlink() < 2 || meta.is_dir() || seen.insert(meta.ino()) {
-                bytes += meta.blocks() * 512;
-            }
-        }
-    }
-    bytes
 }

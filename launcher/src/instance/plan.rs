@@ -4,6 +4,7 @@ use super::{End, Launch, Tag, fingerprint};
 use crate::image::Layers;
 use crate::outbound::Link;
 use crate::sandbox::{NetworkPlan, Plan, VolumePlan};
+use cmdb::units::Bytes;
 use std::collections::BTreeMap;
 
 /// Descriptors that an app may open; Debian's default for services.
@@ -13,6 +14,13 @@ const SHM_BYTES: u64 = 64 << 20;
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 impl Launch {
+    /// What another app's file says that the folder may hold.
+    fn quota_of_others(&self, source: &str) -> Option<Bytes> {
+        let apps = self.host.store.list();
+        let volumes = apps.iter().flat_map(|(app, _)| &app.volumes);
+        volumes.filter(|other| other.source == source).find_map(|other| other.quota)
+    }
+
     /// The vhost file's word goes before the image's.
     pub(super) fn plan(&self, begun_us: u64, image: &Layers, link: Option<&Link>) -> Result<Plan, End> {
         let (container, own) = (&self.app.container, &image.config);
@@ -71,7 +79,7 @@ impl Launch {
             volumes: volumes
                 .map(|v| VolumePlan {
                     source: v.source.clone(),
-                    quota: v.quota.map(|quota| quota.0),
+                    quota: v.quota.or_else(|| self.quota_of_others(&v.source)).map(|quota| quota.0),
                     target: v.target.clone(),
                     read_only: v.read_only,
                 })

@@ -197,6 +197,12 @@ impl Book {
         !(self.rows.is_empty() && self.turned.is_empty() && self.turned_totals.is_empty())
     }
 
+    /// The file is another one, in which nothing is: the counters last taken down are written into it with the next commit.
+    pub(super) fn move_house(&mut self) {
+        self.turned = self.seen.keys().map(|id| (id.clone(), true)).collect();
+        self.turned_totals = self.totals.keys().cloned().collect();
+    }
+
     /// All is written.
     pub(super) fn written(&mut self) {
         self.rows.clear();

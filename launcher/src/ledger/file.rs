@@ -1,6 +1,11 @@
 //! The ledger's file: hours, later folded into days, and the counters last taken down.
 
-use std::{collections::BTreeMap, fs, panic::catch_unwind, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+};
 
 use cmdb::AppName;
 use launcher_client::usage::{Figures, HOUR_S, Span, Totals, Usage};
@@ -65,11 +70,7 @@ impl File {
     /// # Errors
     /// Whether the file is damaged or only cannot be reached now.
     pub(super) fn open(path: &Path) -> Result<(Self, Book), FileError> {
-        // Some damage redb meets with a panic.
-        catch_unwind(|| Self::open_or_panic(path)).map_or_else(
-            |_| Err(FileError::Unreadable("its structure makes no sense".to_owned())),
-            |opened| Ok(opened?),
-        )
+        sound(|| Self::open_or_panic(path))
     }
 
     fn open_or_panic(path: &Path) -> Result<(Self, Book), redb::Error> {
@@ -101,7 +102,7 @@ impl File {
     /// # Errors
     /// After one the file has to be opened anew.
     pub(super) fn commit(&self, book: &Book) -> Result<(), FileError> {
-        Ok(self.write(book)?)
+        sound(|| self.write(book))
     }
 
     fn write(&self, book: &Book) -> Result<(), redb::Error> {
@@ -150,11 +151,12 @@ impl File {
     /// # Errors
     /// After one the file has to be opened anew.
     pub(super) fn fold(&self, hour: u64, present: impl Fn(u64) -> bool) -> Result<(), FileError> {
-        Ok(self.shrink(hour, present)?)
+        sound(|| self.shrink(hour, present))
     }
 
     fn shrink(&self, hour: u64, present: impl Fn(u64) -> bool) -> Result<(), redb::Error> {
-        let transaction = self.0.begin_write()?;
+        let mut transaction = self.0.begin_write()?;
+        transaction.set_two_phase_commit(true);
         fold_hours(&transaction, hour.saturating_sub(HOURS_KEPT))?;
         let oldest = (hour / DAY_H).saturating_sub(DAYS_KEPT);
         transaction.open_table(DAYS)?.retain_in(..(oldest, ""), |_, _| false)?;
@@ -166,13 +168,17 @@ impl File {
     /// What was used since `since_unix_s`, summed up as wished, in the order of time and names.
     ///
     /// # Errors
-    /// redb's.
+    /// After one the file has to be opened anew.
     pub(super) fn read(
         &self,
         since_unix_s: u64,
         by: Span,
         app: Option<&AppName>,
-    ) -> Result<Vec<Usage>, redb::Error> {
+    ) -> Result<Vec<Usage>, FileError> {
+        sound(|| self.sum_up(since_unix_s, by, app))
+    }
+
+    fn sum_up(&self, since_unix_s: u64, by: Span, app: Option<&AppName>) -> Result<Vec<Usage>, redb::Error> {
         let since_hour = since_unix_s / HOUR_S;
         let mut sums: BTreeMap<(u64, u64, String), Figures> = BTreeMap::new();
         let mut add = |from_hour: u64, hours: u64, name: &str, values: [u64; 9]| {
@@ -206,6 +212,14 @@ impl File {
                 figures,
             })
             .collect())
+    }
+}
+
+/// Some damage redb meets with a panic. What was being done is not done then, and the file is opened anew or set aside.
+fn sound<T>(work: impl FnOnce() -> Result<T, redb::Error>) -> Result<T, FileError> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(done) => Ok(done?),
+        Err(_) => Err(FileError::Unreadable("its structure makes no sense".to_owned())),
     }
 }
 

@@ -20,6 +20,8 @@ pub(super) struct Inheritance<'a> {
     pub(super) layers: Vec<OwnedFd>,
     /// The detached file for `/etc/hosts`.
     pub(super) hosts: Option<OwnedFd>,
+    /// The detached directory of [`super::plan::PlanFds::upper`].
+    pub(super) upper: Option<OwnedFd>,
     /// See [`super::plan::PlanFds::gate`].
     pub(super) gate: Option<OwnedFd>,
     pub(super) cgroup_tasks: Vec<OwnedFd>,
@@ -61,7 +63,10 @@ fn prepare(given: Inheritance<'_>, reporter: &Reporter, steps: &mut Steps<'_>) -
     // The root, put together where only this mount namespace sees it.
     steps.run("make mounts private", root::make_mounts_private)?;
     let volumes = steps.run("open volumes", || volumes::open(plan, given.userns.as_fd()))?;
-    let staging = steps.run("mount staging", || Staging::mount(plan))?;
+    let mut staging = steps.run("mount staging", || Staging::mount(plan))?;
+    if let Some(upper) = &given.upper {
+        steps.run("attach upper layer", || staging.attach_upper(upper.as_fd()))?;
+    }
     steps.run("attach layers", || staging.attach_layers(&given.layers))?;
     steps.run("provide files", || {
         files::provide(staging.upper()?.as_fd(), &given.layers, plan, given.hosts.is_some())
@@ -127,7 +132,7 @@ impl Inheritance<'_> {
         let mut all: Vec<RawFd> = lists.into_iter().flatten().map(AsRawFd::as_raw_fd).collect();
         let single = [self.stdout.as_fd(), self.stderr.as_fd(), self.userns.as_fd(), reporter.as_fd()];
         all.extend(single.iter().map(AsRawFd::as_raw_fd));
-        all.extend([&self.hosts, &self.gate].into_iter().flatten().map(AsRawFd::as_raw_fd));
+        all.extend([&self.hosts, &self.gate, &self.upper].into_iter().flatten().map(AsRawFd::as_raw_fd));
         all
     }
 }

@@ -9,6 +9,9 @@ use super::plan::Plan;
 use super::root::{give, open_directory};
 use super::step::{About, Failure};
 
+/// Files of `/etc` that are a container's own: what its writable layer holds under these names means nothing to another.
+pub const GIVEN_FILES: [&str; 3] = ["hosts", "hostname", "resolv.conf"];
+
 /// Writes `hosts`, `hostname` and `resolv.conf` into the upper layer where the image has nothing or an empty file of
 /// that name (as images made from a running container do). What the image has otherwise stays, and covers nothing:
 /// a link is never followed. A container that may connect out has a `resolv.conf` of ours, and perhaps `hosts`, whatever the

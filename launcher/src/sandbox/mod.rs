@@ -24,6 +24,7 @@ mod user;
 mod userns;
 mod volumes;
 
+pub use files::GIVEN_FILES;
 pub use plan::{ContainerId, Fault, NetworkPlan, Plan, PlanFds, StepError, StepTiming, VolumePlan};
 pub use report::Report;
 pub use start::{Lent, Started, start};

@@ -48,6 +48,15 @@ pub(super) fn image_layer(directory: BorrowedFd<'_>, userns: BorrowedFd<'_>) -> 
     Ok(mount)
 }
 
+/// A view of the directory that a container's writable layer is to lie in. Its owners are the host's ids: those of the
+/// container's range.
+pub(super) fn upper_layer(directory: BorrowedFd<'_>) -> Result<OwnedFd, Failure> {
+    let mount = detached_copy(directory)?;
+    let attr = MountAttr { set: NOSUID | NODEV, propagation: PRIVATE, ..MountAttr::default() };
+    sys::mount_setattr(mount.as_fd(), attr).about("mount_setattr")?;
+    Ok(mount)
+}
+
 /// A copy of a volume for the container.
 ///
 /// A file system that knows no id-mapped mounts (NFS; tmpfs before Linux 6.3) is bound as it is: files inside then

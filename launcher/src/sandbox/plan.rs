@@ -102,6 +102,9 @@ pub struct PlanFds {
     pub cgroup_dir: Option<OwnedFd>,
     /// A file of the host that becomes `/etc/hosts`, read-only: the daemon rewrites it when a host has moved.
     pub hosts: Option<OwnedFd>,
+    /// A directory of the host with two empty ones in it, `upper` and `work`: what is written goes there and outlives the
+    /// container, instead of into memory. `upper` belongs to [`Plan::id_base`], as does all that is written into it.
+    pub upper: Option<OwnedFd>,
     /// The read end of a pipe: the program starts only when a byte has arrived, which says that the network is there.
     pub gate: Option<OwnedFd>,
     /// Standard output and error of the app: the write ends of the daemon's pipes.

@@ -78,6 +78,18 @@ pub(super) fn limit(directory: BorrowedFd<'_>, bytes: u64) -> Result<(), Failure
     Ok(())
 }
 
+/// Takes away the limit that [`limit`] has set earlier, if it has. A project that people have chosen is theirs, and where there
+/// are no quotas there is no limit: none of that is an error.
+pub(super) fn lift(directory: BorrowedFd<'_>) {
+    if let (Ok(attributes), Ok(own)) = (attributes(directory), project_of(directory))
+        && attributes.flags & INHERIT != 0
+        && attributes.project == own
+    {
+        // 0: as much as the file system holds.
+        let _ = set_quota(directory, own, 0);
+    }
+}
+
 /// A number of the directory's own, from its inode: no other has it on a file system of fewer than two thousand million.
 fn project_of(directory: BorrowedFd<'_>) -> Result<u32, Failure> {
     let inode = rustix::fs::fstat(directory).about("fstat")?.st_ino;

@@ -19,7 +19,12 @@ use super::step::{About, Failure};
 pub(super) struct Staging {
     root: OwnedFd,
     id_base: u32,
+    /// Where `upper` and `work` are when they are not in this tmpfs.
+    disk: Option<OwnedFd>,
 }
+
+/// Where a directory of the host is attached that holds `upper` and `work`.
+const DISK: &str = "disk";
 
 /// The container's root directory, an overlay mount.
 pub(super) struct Root {
@@ -54,7 +59,7 @@ impl Staging {
         )?;
         mount::attach_at_host_path(root.as_fd(), &plan.staging)?;
         rustix::process::fchdir(&root).about("fchdir")?;
-        let staging = Staging { root, id_base: plan.id_base };
+        let staging = Staging { root, id_base: plan.id_base, disk: None };
         for name in ["upper", "work", "dev", "empty", "root"] {
             staging.directory(name)?;
         }
@@ -67,7 +72,16 @@ impl Staging {
 
     /// The upper layer of the overlay to come.
     pub(super) fn upper(&self) -> Result<OwnedFd, Failure> {
-        open_directory(self.root.as_fd(), "upper").about("upper")
+        let place = self.disk.as_ref().unwrap_or(&self.root);
+        open_directory(place.as_fd(), "upper").about("upper")
+    }
+
+    /// Takes `upper` and `work` from a directory of the host.
+    pub(super) fn attach_upper(&mut self, directory: BorrowedFd<'_>) -> Result<(), Failure> {
+        let place = self.directory(DISK)?;
+        mount::attach(directory, place.as_fd()).about("upper layer")?;
+        self.disk = Some(open_directory(self.root.as_fd(), DISK).about(DISK)?);
+        Ok(())
     }
 
     /// Attaches the image's layers, lowest first.
@@ -83,10 +97,13 @@ impl Staging {
     pub(super) fn mount_overlay(&self, layers: usize) -> Result<Root, Failure> {
         // The highest layer comes first. Names are relative and short: all options together must fit a page.
         let lower: Vec<String> = (0..layers).rev().map(|index| index.to_string()).collect();
-        let options = format!(
-            "lowerdir={},upperdir=upper,workdir=work,redirect_dir=on,metacopy=off,index=off,xino=off",
-            lower.join(":")
-        );
+        // A layer on disk becomes one of an image: nothing in it may mean something only together with those below. Nobody
+        // needs it after a crash, so the kernel need not sync it.
+        let upper = match self.disk {
+            None => "upperdir=upper,workdir=work,redirect_dir=on".to_owned(),
+            Some(_) => format!("upperdir={DISK}/upper,workdir={DISK}/work,redirect_dir=off,volatile"),
+        };
+        let options = format!("lowerdir={},{upper},metacopy=off,index=off,xino=off", lower.join(":"));
         let data = CString::new(options).map_err(|_| Failure::new(libc::EINVAL, "options"))?;
         rustix::mount::mount(
             "overlay",

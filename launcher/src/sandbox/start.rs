@@ -55,6 +55,10 @@ pub fn start(plan: &Plan, fds: PlanFds, userns: &UserNs) -> Result<Started, Step
         Some(hosts) => Some(steps.run("open hosts", || mount::host_file(hosts.as_fd()))?),
         None => None,
     };
+    let upper = match &fds.upper {
+        Some(upper) => Some(steps.run("open upper layer", || mount::upper_layer(upper.as_fd()))?),
+        None => None,
+    };
     let protected = steps.run("read oom score", process::is_protected_from_oom)?;
     let (report, reporter) = steps.run("open report socket", || {
         let pair =
@@ -70,11 +74,11 @@ pub fn start(plan: &Plan, fds: PlanFds, userns: &UserNs) -> Result<Started, Step
     let flags = u64::try_from(NAMESPACES | libc::CLONE_FILES).unwrap_or(0) | sys::CLONE_CLEAR_SIGHAND;
     let cloned = sys::clone3(flags, libc::SIGCHLD, fds.cgroup_dir.as_ref().map(AsFd::as_fd));
     let cloned = cloned.map_err(|error| Failure::from(error).at("clone"))?;
-    let PlanFds { cgroup_tasks, gate, stdout, stderr, cgroup_dir, layers: folders, .. } = fds;
+    let PlanFds { cgroup_tasks, gate, stdout, stderr, cgroup_dir, layers: folders, upper: place, .. } = fds;
     match cloned {
         Cloned::Parent { pid, pidfd } => {
             let lists = [layers, cgroup_tasks, folders, vec![stdout, stderr, userns, reporter]];
-            let single = [hosts, gate, cgroup_dir];
+            let single = [hosts, gate, cgroup_dir, upper, place];
             let lent = lists.into_iter().flatten().chain(single.into_iter().flatten()).collect();
             Ok(Started { pid, pidfd: sys::shelve(pidfd), report, lent: Lent { _descriptors: lent } })
         }
@@ -83,6 +87,7 @@ pub fn start(plan: &Plan, fds: PlanFds, userns: &UserNs) -> Result<Started, Step
                 plan,
                 layers,
                 hosts,
+                upper,
                 gate,
                 cgroup_tasks,
                 stdout,

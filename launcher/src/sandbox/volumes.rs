@@ -41,11 +41,12 @@ fn open_one(pool: &OwnedFd, volume: &VolumePlan, userns: BorrowedFd<'_>) -> Resu
         };
         Failure::new(errno.raw_os_error(), mend)
     })?;
-    if let Some(bytes) = volume.quota {
-        // What was opened, not what bears the name by now.
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let limited = rustix::fs::openat(&directory, c".", flags, Mode::empty())?;
-        quota::limit(limited.as_fd(), bytes)?;
+    // What was opened, not what bears the name by now.
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let limited = rustix::fs::openat(&directory, c".", flags, Mode::empty())?;
+    match volume.quota {
+        Some(bytes) => quota::limit(limited.as_fd(), bytes)?,
+        None => quota::lift(limited.as_fd()),
     }
     mount::volume(directory.as_fd(), userns, volume.read_only)
 }

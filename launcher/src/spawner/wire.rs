@@ -195,6 +195,9 @@ pub struct FdCounts {
     /// [`PlanFds::gate`].
     #[serde(default)]
     pub gate: bool,
+    /// [`PlanFds::upper`].
+    #[serde(default)]
+    pub upper: bool,
     /// [`PlanFds::outputs`].
     pub outputs: usize,
 }
@@ -208,6 +211,7 @@ impl FdCounts {
             cgroup_dir: fds.cgroup_dir.is_some(),
             hosts: fds.hosts.is_some(),
             gate: fds.gate.is_some(),
+            upper: fds.upper.is_some(),
             outputs: fds.outputs.len(),
         };
         let mut row = fds.layers;
@@ -215,6 +219,7 @@ impl FdCounts {
         row.extend(fds.cgroup_dir);
         row.extend(fds.hosts);
         row.extend(fds.gate);
+        row.extend(fds.upper);
         row.push(fds.stdout);
         row.push(fds.stderr);
         row.extend(fds.outputs);
@@ -224,7 +229,8 @@ impl FdCounts {
     /// The inverse of [`FdCounts::pack`]; `None` when the number of descriptors is not what the counts say.
     pub fn unpack(self, row: Vec<OwnedFd>) -> Option<PlanFds> {
         let named = self.layers.checked_add(self.cgroup_tasks)?.checked_add(self.outputs)?;
-        let single = [self.cgroup_dir, self.hosts, self.gate].map(usize::from).iter().sum::<usize>();
+        let single =
+            [self.cgroup_dir, self.hosts, self.gate, self.upper].map(usize::from).iter().sum::<usize>();
         if row.len() != named.checked_add(single + 2)? {
             return None;
         }
@@ -235,6 +241,7 @@ impl FdCounts {
             cgroup_dir: if self.cgroup_dir { row.next() } else { None },
             hosts: if self.hosts { row.next() } else { None },
             gate: if self.gate { row.next() } else { None },
+            upper: if self.upper { row.next() } else { None },
             stdout: row.next()?,
             stderr: row.next()?,
             outputs: row.collect(),

@@ -43,7 +43,6 @@ impl Supervisor {
         // How many requests an adopted one has answered is not known.
         if running.is_adopted()
             || !running.is_ready()
-            || !growth.curve.wants(running.requests)
             || growth.looked.is_some_and(|at| at + LOOK_EVERY > now)
         {
             return;
@@ -52,7 +51,12 @@ impl Supervisor {
         let Some(bytes) = running.group.as_ref().and_then(|group| group.memory_unreclaimable().ok()) else {
             return;
         };
+        // Between two points only what is lower counts: what a garbage collector is about to take is no evidence.
+        let is_new = running.growth.curve.wants(running.requests);
         running.growth.curve.push(running.requests, bytes);
+        if !is_new {
+            return;
+        }
         let grows = running.growth.curve.grows_on();
         // Evidence against another image says nothing about this one.
         let of_this_image = running.image == self.leak.image;

@@ -50,7 +50,7 @@ impl Supervisor {
         status.pids = group.and_then(|g| g.pids_current().ok());
         status.image.clone_from(&running.image);
         status.decision.clone_from(&self.decision);
-        let current = self.host.images.current(&self.app.container);
+        let current = self.host.images.current(&self.app);
         status.image_is_old = !running.image.is_empty() && current.is_some_and(|id| id != running.image);
         status.leak = self.suspicion();
         status

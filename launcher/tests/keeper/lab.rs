@@ -164,6 +164,7 @@ impl Lab {
                 cgroup_dir,
                 hosts: None,
                 gate: None,
+                upper: None,
                 stdout,
                 stderr,
                 outputs: Vec::new(),

@@ -191,6 +191,7 @@ impl Container {
             cgroup_dir: self.cgroup_dir.as_deref().map(directory),
             hosts: None,
             gate: None,
+            upper: None,
             stdout,
             stderr,
             outputs: Vec::new(),

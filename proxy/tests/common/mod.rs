@@ -336,6 +336,7 @@ pub fn app(app: &str) -> App {
             user: String::new(),
             workdir: "/".into(),
             env: Default::default(),
+            provision: Vec::new(),
         },
         volumes: Vec::new(),
         network: Default::default(),

@@ -8,6 +8,7 @@
 //! | `EXIT_AFTER_MS`, `EXIT_CODE`, `LAST_WORDS` | prints some lines to stderr, `LAST_WORDS` last, and exits this long after the start; without `LISTEN_AFTER_MS` it does not listen before |
 //! | `CONNECT_FIRST` | connects to `ADDRESS:PORT` before it listens, and exits if that fails |
 //! | `WORKERS=N` | serves so many connections at a time, each for one request; more wait in the kernel's queue |
+//! | `RESET_FIRST=N` | resets its first N connections when a request has come |
 //! | `IGNORE_TERM=1` | SIGTERM does nothing (otherwise: exit 0 at once) |
 //!
 //! The launcher's `FC_APP`, `FC_GENERATION` and `FC_WAKE_STARTED_NS` are shown by `/`. The paths are listed in `serve`.

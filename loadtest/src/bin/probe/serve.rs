@@ -47,6 +47,8 @@ struct Probe {
     birth: Birth,
     requests: Cell<u64>,
     uploads: Cell<u64>,
+    /// Connections that are still to be reset.
+    resets: Cell<u64>,
 }
 
 /// Serves every connection on this thread, for ever.
@@ -54,8 +56,10 @@ struct Probe {
 /// With `workers`, no more connections at a time and one request for each, as with Apache's processes: the others stay in
 /// the kernel's queue.
 pub(crate) async fn serve(listener: TcpListener, birth: Birth, workers: Option<usize>) -> io::Result<()> {
+    let resets = std::env::var("RESET_FIRST").ok().and_then(|count| count.parse().ok()).unwrap_or(0);
     let free = workers.map(|workers| Arc::new(Semaphore::new(workers)));
-    let probe = Rc::new(Probe { birth, requests: Cell::new(0), uploads: Cell::new(0) });
+    let probe =
+        Rc::new(Probe { birth, requests: Cell::new(0), uploads: Cell::new(0), resets: Cell::new(resets) });
     let tasks = tokio::task::LocalSet::new();
     tasks
         .run_until(async move {
@@ -80,6 +84,12 @@ pub(crate) async fn serve(listener: TcpListener, birth: Birth, workers: Option<u
             }
         })
         .await
+}
+
+/// The connection's end is to be a reset.
+fn set_linger(stream: &TcpStream) -> io::Result<()> {
+    let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
+    Ok(nix::sys::socket::setsockopt(stream, nix::sys::socket::sockopt::Linger, &at_once)?)
 }
 
 struct Connection {
@@ -107,6 +117,11 @@ impl Connection {
             };
             if self.once {
                 head.headers.push(("Connection".to_owned(), "close".to_owned()));
+            }
+            if let Some(left) = probe.resets.get().checked_sub(1) {
+                probe.resets.set(left);
+                // RST instead of FIN.
+                return set_linger(&self.stream);
             }
             probe.requests.set(probe.requests.get() + 1);
             match head.path() {
