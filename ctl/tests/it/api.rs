@@ -92,10 +92,15 @@ fn probe(name: &str) -> Value {
     })
 }
 
+/// The answer's JSON, whatever its status.
+fn body(response: &Response) -> Value {
+    serde_json::from_slice(&response.body).unwrap_or_else(|error| panic!("{error}: {}", response.text()))
+}
+
 fn problem(response: &Response, status: u16) -> Value {
     assert_eq!(response.status, status, "{}", response.text());
     assert_eq!(response.header("content-type"), Some("application/problem+json"));
-    let problem = response.json();
+    let problem = body(response);
     assert_eq!(problem["status"], status);
     problem
 }
@@ -107,7 +112,7 @@ fn an_app_is_made_visited_changed_and_taken_away() {
 
     let made = served.admin("POST", "/v1/apps", &json!({ "name": "shop", "vhost": probe("shop") }));
     assert_eq!(made.status, 201, "{}", made.text());
-    assert_eq!(made.json(), json!({ "dry_run": false, "changes": [{ "app": "shop", "action": "create" }] }));
+    assert_eq!(body(&made), json!({ "dry_run": false, "changes": [{ "app": "shop", "action": "create" }] }));
     served.host.wait_for("its first visitor", || served.host.get(&shop, "/").status == 200);
     let again = served.admin("POST", "/v1/apps", &json!({ "name": "shop", "vhost": probe("shop") }));
     assert_eq!(problem(&again, 409)["code"], "conflict");
@@ -408,7 +413,10 @@ fn a_folder_and_the_api_do_not_undo_each_other() {
     // Both outlive the programs.
     let coreapi = served.host.pid_of("fastcontainer-coreapi");
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(coreapi), nix::sys::signal::SIGKILL).unwrap();
-    served.host.wait_for("the API to be back", || Connection::try_open(served.port).is_ok());
+    served.host.wait_for("the API to be back", || {
+        let again = served.host.find_pid_of("fastcontainer-coreapi").is_some_and(|pid| pid != coreapi);
+        again && Connection::try_open(served.port).is_ok()
+    });
     assert_eq!(
         (origin("shop"), origin("blog"), origin("wiki")),
         ("api".into(), "api".into(), "conf.d".into())
