@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     hook::Hook,
     network::Network,
+    origin::Origin,
     provision::ProvisionStep,
     units::{Bytes, Millicores},
 };
@@ -17,6 +18,9 @@ use crate::{
 pub struct App {
     /// The app's name: the vhost file's name without `.toml`.
     pub name: AppName,
+    /// Who configured it.
+    #[serde(default, skip_serializing_if = "Origin::is_usual")]
+    pub origin: Origin,
     /// Host names that lead here; at least one.
     pub server_names: Vec<HostPattern>,
     /// What runs.
@@ -38,6 +42,17 @@ pub struct App {
     /// The operator's programs that run at points of an instance's life, in the file's order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub hooks: Vec<Hook>,
+}
+
+impl App {
+    /// Whether the other one is the same but for who configured it.
+    #[must_use]
+    pub fn says_the_same(&self, other: &Self) -> bool {
+        if self.origin == other.origin {
+            return self == other;
+        }
+        *self == Self { origin: self.origin.clone(), ..other.clone() }
+    }
 }
 
 /// `[container]`.

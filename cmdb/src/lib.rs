@@ -12,6 +12,7 @@ pub mod hook;
 pub mod instance;
 mod mirror;
 pub mod network;
+pub mod origin;
 pub mod placement;
 pub mod provision;
 pub mod redis;
@@ -22,5 +23,6 @@ pub mod vhost;
 
 pub use app::{App, AppName, HostPattern};
 pub use instance::{Generation, Instance, InstanceId, State};
+pub use origin::Origin;
 pub use store::{Change, Store, StoreError};
 pub use transition::{AppRecord, Outcome, Transition};

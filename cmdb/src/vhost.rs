@@ -6,13 +6,15 @@
 mod fault;
 mod hooks;
 mod image;
+mod json;
 mod provision;
 mod read;
 mod reader;
 mod schema;
+mod write;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fs,
     io::Read as _,
     path::{Path, PathBuf},
@@ -20,7 +22,9 @@ use std::{
 
 use crate::app::{App, AppName, HostPattern};
 pub use fault::{Fault, render};
-pub use schema::reference;
+pub use json::{FieldFault, from_json};
+pub use schema::{json_schema, reference};
+pub use write::to_json;
 
 /// Larger files are refused: a vhost file has some dozen lines, and an app with all its environment must fit into one
 /// packet of the launcher's protocol.
@@ -42,6 +46,25 @@ pub struct LoadedApp {
     pub app: App,
     /// Its file.
     pub path: PathBuf,
+    /// Where its server-names stand.
+    names: Vec<read::Named>,
+}
+
+impl LoadedApp {
+    /// A fault of the whole file that only who applies it can find.
+    #[must_use]
+    pub fn fault(&self, message: String, mend: &str) -> Fault {
+        Fault::of_file(&self.path, message, mend)
+    }
+
+    /// A fault of one of its server-names, that only who applies it can find.
+    #[must_use]
+    pub fn fault_of_name(&self, name: &HostPattern, message: String, mend: &str) -> Fault {
+        match self.names.iter().find(|named| named.pattern == *name) {
+            Some(named) => named.fault(message, mend),
+            None => self.fault(message, mend),
+        }
+    }
 }
 
 /// Reads all vhost files of `dir`; relative paths of images start at the folder in which `dir` lies.
@@ -54,19 +77,44 @@ pub fn load_dir(dir: &Path) -> Loaded {
 /// Reads all vhost files of `dir`; relative paths of images start at `base`.
 #[must_use]
 pub fn load_dir_from(dir: &Path, base: &Path) -> Loaded {
-    let mut loaded = Loaded::default();
     let mut paths = match vhost_files(dir) {
         Ok(paths) => paths,
         Err(error) => {
             let mend = "name the folder that holds the vhost files, and let its user read it";
-            loaded.faults.push(Fault::of_file(dir, format!("the folder cannot be read: {error}"), mend));
-            return loaded;
+            let fault = Fault::of_file(dir, format!("the folder cannot be read: {error}"), mend);
+            return Loaded { faults: vec![fault], ..Loaded::default() };
         }
     };
     paths.sort();
+    load(paths.into_iter().map(|path| (read_file(&path), path)), base)
+}
+
+/// Reads vhost files that are at hand, by their names; relative paths of images start at `base`.
+#[must_use]
+pub fn load_files(files: &BTreeMap<String, String>, base: &Path) -> Loaded {
+    let read = files.iter().map(|(name, text)| {
+        let path = PathBuf::from(name);
+        let is_plain = path.file_name().is_some_and(|plain| plain == name.as_str());
+        let bytes = if is_plain && name.ends_with(".toml") && !name.starts_with('.') {
+            Ok(text.clone().into_bytes())
+        } else {
+            let message = "this is no vhost file's name".to_owned();
+            Err(vec![Fault::of_file(
+                &path,
+                message,
+                "name it for its app, for example blog.toml, without a folder",
+            )])
+        };
+        (bytes, path)
+    });
+    load(read, base)
+}
+
+fn load(files: impl Iterator<Item = (Result<Vec<u8>, Vec<Fault>>, PathBuf)>, base: &Path) -> Loaded {
+    let mut loaded = Loaded::default();
     let mut owners: HashMap<HostPattern, (PathBuf, usize, usize)> = HashMap::new();
-    for path in paths {
-        let parsed = read_file(&path).and_then(|bytes| read::file(&path, &bytes, base));
+    for (bytes, path) in files {
+        let parsed = bytes.and_then(|bytes| read::file(&path, &bytes, base));
         let (app, names) = match parsed {
             Ok(parsed) => parsed,
             Err(faults) => {
@@ -89,10 +137,10 @@ pub fn load_dir_from(dir: &Path, base: &Path) -> Loaded {
             loaded.faults.extend(clashes);
             continue;
         }
-        for named in names {
-            owners.insert(named.pattern, (path.clone(), named.line, named.column));
+        for named in &names {
+            owners.insert(named.pattern.clone(), (path.clone(), named.line, named.column));
         }
-        loaded.apps.push(LoadedApp { app, path });
+        loaded.apps.push(LoadedApp { app, path, names });
     }
     loaded
 }

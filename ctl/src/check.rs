@@ -70,7 +70,7 @@ pub(crate) fn load_and_complain(dir: &Path) -> Vec<Vhost> {
         .collect()
 }
 
-fn shown(fault: &Fault, colour: bool) -> String {
+pub(crate) fn shown(fault: &Fault, colour: bool) -> String {
     let source = std::fs::read_to_string(&fault.file).ok();
     vhost::render(fault, source.as_deref(), colour)
 }

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod among;
+pub(crate) mod api;
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -106,7 +107,7 @@ pub(crate) enum Command {
     Scale(Scale),
     /// Show the images of all apps, and how far their preparation is
     #[command(after_help = IMAGES)]
-    Images,
+    Images(api::Plain),
     /// Run an app's hooks for a signal
     #[command(after_help = SIGNAL)]
     Signal(Signal),
@@ -119,6 +120,15 @@ pub(crate) enum Command {
     /// Show what apps have used: CPU, memory, time, requests
     #[command(after_help = USAGE)]
     Usage(Usage),
+    /// Put a folder of vhost files in place, by way of the API
+    #[command(after_help = api::APPLY)]
+    Apply(api::Apply),
+    /// Show what `apply` would change
+    #[command(after_help = api::DIFF)]
+    Diff(api::Diff),
+    /// Make a token for the API
+    #[command(after_help = api::TOKEN)]
+    Token(api::Token),
 }
 
 const UP: &str = "\
@@ -146,6 +156,8 @@ pub(crate) struct Up {
     pub(crate) listen: Vec<SocketAddr>,
     #[command(flatten)]
     pub(crate) among: Among,
+    #[command(flatten)]
+    pub(crate) serve: api::Serve,
     /// Folder from which `[[volume]]` takes its folders; STATE/datapool if that is there
     #[arg(long, value_name = "DIR")]
     pub(crate) datapool: Option<PathBuf>,
@@ -225,6 +237,8 @@ pub(crate) struct Ps {
     /// All columns
     #[arg(short, long)]
     pub(crate) wide: bool,
+    #[command(flatten)]
+    pub(crate) remote: api::Remote,
 }
 
 const EVENTS: &str = "\
@@ -247,6 +261,8 @@ pub(crate) struct Events {
     /// Only events about this app
     #[arg(long)]
     pub(crate) app: Option<AppName>,
+    #[command(flatten)]
+    pub(crate) remote: api::Remote,
 }
 
 const LOGS: &str = "\
@@ -264,6 +280,8 @@ pub(crate) struct Logs {
     /// Most lines, counted from the end
     #[arg(short = 'n', long, value_name = "LINES", default_value_t = 100)]
     pub(crate) lines: u32,
+    #[command(flatten)]
+    pub(crate) remote: api::Remote,
 }
 
 const WAKE: &str = "\
@@ -278,6 +296,8 @@ Examples:
 pub(crate) struct Wake {
     /// Which app
     pub(crate) app: AppName,
+    #[command(flatten)]
+    pub(crate) remote: api::Remote,
 }
 
 const STOP: &str = "\
@@ -291,6 +311,8 @@ Examples:
 pub(crate) struct Stop {
     /// Which app
     pub(crate) app: AppName,
+    #[command(flatten)]
+    pub(crate) remote: api::Remote,
 }
 
 const RESTART: &str = "\
@@ -304,6 +326,8 @@ Examples:
 pub(crate) struct Restart {
     /// Which app
     pub(crate) app: AppName,
+    #[command(flatten)]
+    pub(crate) remote: api::Remote,
 }
 
 const LIMIT: &str = "\
@@ -332,6 +356,8 @@ pub(crate) struct Limit {
     /// Back to the limits of the vhost file (before other options of the same command)
     #[arg(long)]
     pub(crate) reset: bool,
+    #[command(flatten)]
+    pub(crate) remote: api::Remote,
 }
 
 const SCALE: &str = "\
@@ -371,6 +397,8 @@ pub(crate) struct Scale {
     /// Back to what the vhost file says (before other options of the same command)
     #[arg(long, group = "what")]
     pub(crate) auto: bool,
+    #[command(flatten)]
+    pub(crate) remote: api::Remote,
 }
 
 const IMAGES: &str = "\
@@ -395,6 +423,8 @@ pub(crate) struct Signal {
     pub(crate) app: AppName,
     /// The signal's name: HUP, INT, USR1, USR2 or WINCH
     pub(crate) signal: String,
+    #[command(flatten)]
+    pub(crate) remote: api::Remote,
 }
 
 const METRICS: &str = "\
@@ -445,6 +475,8 @@ pub(crate) struct Usage {
     /// Write CSV, in plain units
     #[arg(long, conflicts_with = "json")]
     pub(crate) csv: bool,
+    #[command(flatten)]
+    pub(crate) remote: api::Remote,
 }
 
 /// What a line of `usage` is about.

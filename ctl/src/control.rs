@@ -7,15 +7,14 @@ use serde::Serialize;
 use crate::{
     cli::{self, Global},
     failure::Failure,
-    launcher,
     output::{Output, Style},
+    target::Target,
     text,
 };
 
 /// `wake`: has an instance ready and tells how long that took.
 pub(crate) async fn wake(global: &Global, options: cli::Wake, out: &mut Output) -> Result<(), Failure> {
-    let client = launcher::connect(global).await?;
-    let woken = client.wake(&options.app, 0).await?;
+    let woken = Target::reach(global, &options.remote).await?.wake(&options.app).await?;
     if out.is_json() {
         return out.json(&WokenJson {
             instance: format!("{}.{}", options.app, woken.generation),
@@ -42,23 +41,23 @@ pub(crate) async fn wake(global: &Global, options: cli::Wake, out: &mut Output) 
 
 /// `stop`: ends all instances of an app.
 pub(crate) async fn stop(global: &Global, options: cli::Stop, out: &mut Output) -> Result<(), Failure> {
-    let client = launcher::connect(global).await?;
-    client.done(Request::Stop { app: options.app.clone() }).await?;
+    let target = Target::reach(global, &options.remote).await?;
+    target.done(Request::Stop { app: options.app.clone() }).await?;
     done(&options.app, "stopped", "is stopped; the next request wakes it", out)
 }
 
 /// `restart`: replaces all instances of an app.
 pub(crate) async fn restart(global: &Global, options: cli::Restart, out: &mut Output) -> Result<(), Failure> {
-    let client = launcher::connect(global).await?;
-    client.done(Request::Restart { app: options.app.clone() }).await?;
+    let target = Target::reach(global, &options.remote).await?;
+    target.done(Request::Restart { app: options.app.clone() }).await?;
     done(&options.app, "restarting", "is being replaced, the new instance first", out)
 }
 
 /// `signal`: runs an app's hooks.
 pub(crate) async fn signal(global: &Global, options: cli::Signal, out: &mut Output) -> Result<(), Failure> {
-    let client = launcher::connect(global).await?;
+    let target = Target::reach(global, &options.remote).await?;
     let signal = options.signal.trim_start_matches("SIG").to_owned();
-    client.done(Request::Signal { app: options.app.clone(), signal }).await?;
+    target.done(Request::Signal { app: options.app.clone(), signal }).await?;
     done(&options.app, "signalled", "has its hooks under way; see `events`", out)
 }
 
@@ -67,7 +66,7 @@ pub(crate) async fn limit(global: &Global, options: cli::Limit, out: &mut Output
     if options.cpu.is_none() && options.memory.is_none() && options.pids.is_none() && !options.reset {
         return Err(Failure::usage("say what to change: --cpu, --memory, --pids or --reset"));
     }
-    let client = launcher::connect(global).await?;
+    let target = Target::reach(global, &options.remote).await?;
     let request = Request::Limit {
         app: options.app.clone(),
         cpu: options.cpu.map(|cpu| cpu.0),
@@ -75,13 +74,13 @@ pub(crate) async fn limit(global: &Global, options: cli::Limit, out: &mut Output
         pids: options.pids,
         reset: options.reset,
     };
-    client.done(request).await?;
+    target.done(request).await?;
     done(&options.app, "limited", "has other limits from now on; `ps` shows what is set", out)
 }
 
 /// `scale`: another number of instances, or a pause of the scaler.
 pub(crate) async fn scale(global: &Global, options: cli::Scale, out: &mut Output) -> Result<(), Failure> {
-    let client = launcher::connect(global).await?;
+    let target = Target::reach(global, &options.remote).await?;
     let order = ScaleOrder {
         auto: options.auto,
         instances: options.instances,
@@ -89,7 +88,7 @@ pub(crate) async fn scale(global: &Global, options: cli::Scale, out: &mut Output
         max: options.max,
         paused: options.pause.then_some(true).or(options.resume.then_some(false)),
     };
-    client.done(Request::Scale { app: options.app.clone(), order }).await?;
+    target.done(Request::Scale { app: options.app.clone(), order }).await?;
     let says = match (options.instances, options.auto) {
         (Some(instances), _) => {
             format!("is brought to {instances} instance(s); `events --app {}` shows how", options.app)

@@ -1,31 +1,29 @@
 //! `events`: what happened, and what happens.
 
-use launcher_client::wire::{Event, Reply, Request};
+use launcher_client::wire::Event;
 
 use crate::{
     cli::{self, Global},
     failure::Failure,
-    launcher,
     output::{Output, Style},
-    ps, text,
+    ps,
+    target::Target,
+    text,
 };
 
 /// Runs the command.
 pub(crate) async fn run(global: &Global, options: &cli::Events, out: &mut Output) -> Result<(), Failure> {
-    let client = launcher::connect(global).await?;
+    let target = Target::reach(global, &options.remote).await?;
     let mut written = Ok(());
-    let request = Request::Events { since: options.since, follow: options.follow };
-    let streamed = client
-        .stream(request, |reply| {
-            let Reply::Event(event) = reply else { return true };
-            if options.app.is_none() || options.app == event.app {
-                written = show(&event, out);
-            }
-            written.is_ok()
-        })
-        .await;
+    let streamed = target.events(options.since, options.follow, |event| {
+        if options.app.is_none() || options.app == event.app {
+            written = show(&event, out);
+        }
+        written.is_ok()
+    });
+    let streamed = streamed.await;
     written?;
-    Ok(streamed?)
+    streamed
 }
 
 fn show(event: &Event, out: &mut Output) -> Result<(), Failure> {

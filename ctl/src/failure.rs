@@ -107,6 +107,7 @@ impl From<Refusal> for Failure {
             | RefusalCode::Backoff
             | RefusalCode::Busy
             | RefusalCode::Elsewhere
+            | RefusalCode::Conflict
             | RefusalCode::BadRequest
             | RefusalCode::Internal => Self::Failed(message),
         }

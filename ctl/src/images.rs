@@ -4,22 +4,23 @@ use cmdb::units::Bytes;
 use launcher_client::wire::{ImageStatus, Reply, Request};
 
 use crate::{
-    cli::Global,
+    cli::{Global, api::Remote},
     failure::Failure,
-    launcher,
     output::{Output, Style},
     table::{self, Align},
+    target::Target,
     text,
 };
 
 /// Runs the command.
-pub(crate) async fn run(global: &Global, out: &mut Output) -> Result<(), Failure> {
-    let client = launcher::connect(global).await?;
-    let images = launcher::list(&client, Request::Images, |reply| match reply {
-        Reply::Image(image) => Some(image),
-        _ => None,
-    })
-    .await?;
+pub(crate) async fn run(global: &Global, remote: &Remote, out: &mut Output) -> Result<(), Failure> {
+    let target = Target::reach(global, remote).await?;
+    let images = target
+        .list(Request::Images, |reply| match reply {
+            Reply::Image(image) => Some(image),
+            _ => None,
+        })
+        .await?;
     if out.is_json() {
         return out.json(&images);
     }

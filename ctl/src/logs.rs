@@ -5,20 +5,22 @@ use launcher_client::wire::{LogLine, Reply, Request};
 use crate::{
     cli::{self, Global},
     failure::Failure,
-    launcher,
     output::{Output, Style},
-    ps, text,
+    ps,
+    target::Target,
+    text,
 };
 
 /// Runs the command.
 pub(crate) async fn run(global: &Global, options: cli::Logs, out: &mut Output) -> Result<(), Failure> {
-    let client = launcher::connect(global).await?;
+    let target = Target::reach(global, &options.remote).await?;
     let request = Request::Logs { app: options.app, lines: options.lines };
-    let lines = launcher::list(&client, request, |reply| match reply {
-        Reply::Log(line) => Some(line),
-        _ => None,
-    })
-    .await?;
+    let lines = target
+        .list(request, |reply| match reply {
+            Reply::Log(line) => Some(line),
+            _ => None,
+        })
+        .await?;
     for line in &lines {
         if out.is_json() {
             out.json(line)?;

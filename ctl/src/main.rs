@@ -1,6 +1,7 @@
 //! `fastcontainer`: the operator's command.
 #![forbid(unsafe_code)]
 
+mod apply;
 mod check;
 mod cli;
 mod control;
@@ -13,8 +14,11 @@ mod metrics;
 mod nodes;
 mod output;
 mod ps;
+mod remote;
 mod table;
+mod target;
 mod text;
+mod token;
 mod up;
 mod usage;
 mod why;
@@ -62,8 +66,11 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Scale(options) => control::scale(global, options, &mut out).await?,
         Command::Signal(options) => control::signal(global, options, &mut out).await?,
         Command::Usage(options) => usage::run(global, options, &mut out).await?,
-        Command::Images => images::run(global, &mut out).await?,
+        Command::Images(options) => images::run(global, &options.remote, &mut out).await?,
         Command::Metrics => metrics::run(global, &mut out).await?,
+        Command::Apply(options) => apply::run(global, &options, &mut out).await?,
+        Command::Diff(options) => apply::diff(global, &options, &mut out).await?,
+        Command::Token(options) => token::run(&options, &mut out)?,
         Command::Why(options) => why::run(global, &options, &mut out).await?,
     }
     out.flush()

@@ -10,16 +10,16 @@ use serde::Serialize;
 use crate::{
     cli::{self, Global},
     failure::Failure,
-    launcher,
     output::{Output, Style},
     table::{self, Align},
+    target::Target,
     text,
 };
 
 /// Runs the command.
 pub(crate) async fn run(global: &Global, options: cli::Ps, out: &mut Output) -> Result<(), Failure> {
-    let client = launcher::connect(global).await?;
-    let mut statuses = launcher::statuses(&client, options.app.clone()).await?;
+    let target = Target::reach(global, &options.remote).await?;
+    let mut statuses = target.statuses(options.app.clone()).await?;
     let only = options.app.is_some();
     if let Some(app) = options.app
         && statuses.is_empty()

@@ -11,26 +11,27 @@ use serde::Serialize;
 use crate::{
     cli::{self, By, Global},
     failure::Failure,
-    launcher,
     output::{Output, Style},
     table::{self, Align},
+    target::Target,
     text,
 };
 
 /// Runs the command.
 pub(crate) async fn run(global: &Global, options: cli::Usage, out: &mut Output) -> Result<(), Failure> {
-    let client = launcher::connect(global).await?;
+    let target = Target::reach(global, &options.remote).await?;
     let by = match options.by {
         By::App => Span::All,
         By::Day => Span::Day,
         By::Hour => Span::Hour,
     };
     let request = Request::Usage { since_unix_s: options.since, by, app: options.app.clone() };
-    let lines = launcher::list(&client, request, |reply| match reply {
-        Reply::Usage(usage) => Some(usage),
-        _ => None,
-    })
-    .await?;
+    let lines = target
+        .list(request, |reply| match reply {
+            Reply::Usage(usage) => Some(usage),
+            _ => None,
+        })
+        .await?;
     let (all, apps): (Vec<Usage>, Vec<Usage>) = lines.into_iter().partition(|line| line.app.is_none());
     if out.is_json() {
         let lines: Vec<Line<'_>> = apps.iter().chain(&all).map(Line::of).collect();

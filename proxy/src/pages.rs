@@ -105,6 +105,7 @@ impl Fault {
             RefusalCode::UnknownApp => Self::UnknownHost,
             RefusalCode::Elsewhere => Self::Misdirected(refusal.elsewhere.clone()),
             RefusalCode::UnknownInstance
+            | RefusalCode::Conflict
             | RefusalCode::Forbidden
             | RefusalCode::BadRequest
             | RefusalCode::Internal => Self::Internal,

@@ -1,26 +1,47 @@
-//! `fastcontainer-coreapi`: watches `conf.d/` and keeps the CMDB's configuration in step with it.
+//! `fastcontainer-coreapi`: watches `conf.d/` and keeps the CMDB's configuration in step with it; serves the API.
 #![forbid(unsafe_code)]
 
+mod api;
 mod applier;
+mod link;
 mod privileges;
+mod put_all;
 mod source;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::Context as _;
 use clap::Parser;
+use cmdb::Origin;
 use launcher_client::paths::{COREAPI_UID, DEFAULT_STATE, GROUP_ID, StateDir};
 
+use tokio::signal::unix::{SignalKind, signal};
+
 use applier::Applier;
+use link::Link;
 use source::Source;
 
-/// Watches a folder of vhost files and keeps the CMDB's configuration in step with it. `fastcontainer up` starts it.
+/// Watches a folder of vhost files and keeps the CMDB's configuration in step with it; serves the API. `fastcontainer up`
+/// starts it.
 #[derive(Debug, Parser)]
 #[command(name = "fastcontainer-coreapi", version)]
 struct Arguments {
-    /// Folder with one vhost file per app.
-    #[arg(long, default_value = "conf.d")]
-    conf: PathBuf,
+    /// Folder with one vhost file per app; without it this host brings no configuration of its own.
+    #[arg(long)]
+    conf: Option<PathBuf>,
+    /// This host's name among several, so that the apps of its folder are known as its own.
+    #[arg(long, default_value = "")]
+    node: String,
+    /// Address of the API, for example 127.0.0.1:8070; off without it.
+    #[arg(long, value_name = "IP:PORT")]
+    api: Option<SocketAddr>,
+    /// Who may use the API: a file with a line `ROLE NAME SHA256` for each token. Without it whoever is on this host may look.
+    #[arg(long, value_name = "FILE")]
+    tokens: Option<PathBuf>,
     /// State folder of the launcher.
     #[arg(long, env = "FASTCONTAINER_STATE", default_value = DEFAULT_STATE)]
     state: PathBuf,
@@ -54,12 +75,64 @@ fn main() -> ExitCode {
 
 fn start(arguments: Arguments) -> anyhow::Result<()> {
     // Opened as root, read as nobody in particular: the folder may lie beneath one that only root may enter.
-    let source = Source::open(&arguments.conf)?;
+    let source = arguments.conf.as_deref().map(Source::open).transpose()?;
+    let listener = match arguments.api {
+        Some(address) => Some(api::listen(address, arguments.tokens.as_deref())?),
+        None => None,
+    };
+    let state = StateDir::new(&arguments.state);
+    let socket = state.api_socket();
+    for folder in [Some(state.coreapi().as_path()), socket.parent()].into_iter().flatten() {
+        make_own(folder, &arguments)?;
+    }
     privileges::drop_to(arguments.uid, arguments.gid)?;
     if arguments.die_with_parent {
         // After the change of user, which would undo it (prctl(2), PR_SET_PDEATHSIG).
         privileges::die_with_parent()?;
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("no runtime")?;
-    runtime.block_on(Applier::new(source, StateDir::new(arguments.state)).run())
+    // Two: a folder of thousands of files is read beside the requests of the API.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    runtime.context("no runtime")?.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be handled")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be handled")?;
+        let link = Link::open(&state);
+        let base = source.as_ref().and_then(|source| source.path().parent()).unwrap_or(Path::new("/"));
+        let settings = api::Settings {
+            listener,
+            socket: socket.clone(),
+            tokens: arguments.tokens,
+            audit: state.coreapi().join("audit.log"),
+            base: base.to_owned(),
+        };
+        let served = api::serve(settings, link.clone());
+        let applied = async {
+            match source {
+                Some(source) => Applier::new(source, link, Origin::conf_d(&arguments.node)).run().await,
+                None => std::future::pending().await,
+            }
+        };
+        let ended = tokio::select! {
+            _ = terminate.recv() => Ok(()),
+            _ = interrupt.recv() => Ok(()),
+            ended = served => ended,
+            ended = applied => ended,
+        };
+        // It may never have been made.
+        let _ = std::fs::remove_file(&socket);
+        ended
+    })
+}
+
+/// A folder for this program alone.
+fn make_own(folder: &Path, arguments: &Arguments) -> anyhow::Result<()> {
+    use std::os::unix::fs::{PermissionsExt as _, chown};
+    let make = || {
+        std::fs::create_dir_all(folder)?;
+        if nix::unistd::geteuid().is_root() {
+            std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700))?;
+            chown(folder, Some(arguments.uid), Some(arguments.gid))?;
+        }
+        Ok(())
+    };
+    make().map_err(|error: std::io::Error| anyhow::anyhow!("cannot make {}: {error}", folder.display()))
 }

@@ -19,6 +19,7 @@ use super::{
 use crate::{
     app::{App, Container, Hold, HostPattern, Lifecycle, Pick, Resources, Scale, Volume},
     network::{Destination, Network},
+    origin::Origin,
     units::{Bytes, Millicores},
 };
 
@@ -125,6 +126,8 @@ fn read(
     let app = App {
         // The file's name is put in its place by the caller.
         name: "unnamed".parse().ok()?,
+        // And so is this by whoever applies it.
+        origin: Origin::default(),
         server_names: names.iter().map(|named| named.pattern.clone()).collect(),
         container: Container { provision: steps?, ..container? },
         volumes: volumes.into_iter().collect::<Option<_>>()?,

@@ -3,6 +3,8 @@
 
 use std::fmt::Write as _;
 
+use serde_json::{Map, Value, json};
+
 /// One key.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Key {
@@ -475,7 +477,7 @@ pub fn reference() -> String {
     for (section, about) in SECTIONS {
         let title = match section {
             "" => "The top of the file".to_owned(),
-            "provision" | "volume" | "hook" => format!("`[[{section}]]`"),
+            list if LISTS.contains(&list) => format!("`[[{section}]]`"),
             other => format!("`[{other}]`"),
         };
         // Writing to a String cannot fail.
@@ -495,6 +497,77 @@ pub fn reference() -> String {
     text
 }
 
+/// The sections of which a file may have several.
+const LISTS: [&str; 3] = ["provision", "volume", "hook"];
+
+/// The JSON Schema of a vhost file that is written as JSON: the same keys, made from the same table. Durations, sizes and
+/// the like are texts here, of which the parser knows more.
+#[must_use]
+pub fn json_schema() -> Value {
+    let mut properties = Map::new();
+    let mut required = Vec::new();
+    for (section, about) in SECTIONS {
+        let (keys, must) = section_schema(section);
+        if section.is_empty() {
+            properties.extend(keys);
+            required.extend(must);
+            continue;
+        }
+        let mut table = json!({ "type": "object", "additionalProperties": false, "properties": keys });
+        if !must.is_empty() {
+            table["required"] = must.into();
+        }
+        if LISTS.contains(&section) {
+            table = json!({ "type": "array", "items": table });
+        }
+        table["description"] = about.into();
+        properties.insert(section.to_owned(), table);
+    }
+    required.push("container".into());
+    json!({
+        "type": "object",
+        "description": "A vhost file as JSON: the same keys with the same meaning, docs/vhost.md.",
+        "additionalProperties": false,
+        "properties": properties,
+        "required": required,
+    })
+}
+
+/// The keys of a section, and which must be there.
+fn section_schema(section: &str) -> (Map<String, Value>, Vec<Value>) {
+    let keys = KEYS.iter().filter(|key| key.section == section);
+    let must = keys.clone().filter(|key| key.default.is_empty()).map(|key| key.name.into()).collect();
+    let schemas = keys.map(|key| {
+        let mut schema = key_schema(key);
+        schema["description"] = key.doc.into();
+        (key.name.to_owned(), schema)
+    });
+    (schemas.collect(), must)
+}
+
+/// What a key takes is what its example is.
+fn key_schema(key: &Key) -> Value {
+    let example = example(key);
+    let mut schema = match &example {
+        Value::Array(_) if key.takes.contains("or a list") => {
+            json!({ "type": ["string", "array"], "items": { "type": "string" } })
+        }
+        Value::Array(_) => json!({ "type": "array", "items": { "type": "string" } }),
+        Value::Object(_) => json!({ "type": "object", "additionalProperties": { "type": "string" } }),
+        Value::Number(_) => json!({ "type": "integer", "minimum": 0 }),
+        Value::Bool(_) => json!({ "type": "boolean" }),
+        _ => json!({ "type": "string" }),
+    };
+    schema["example"] = example;
+    schema
+}
+
+/// The key's example, as JSON.
+fn example(key: &Key) -> Value {
+    let table = toml::from_str::<toml::Table>(&format!("x = {}", key.example)).unwrap_or_default();
+    table.get("x").and_then(|value| serde_json::to_value(value).ok()).unwrap_or_default()
+}
+
 /// Levenshtein's distance; names are short.
 fn distance(a: &str, b: &str) -> usize {
     if a.len() > 64 {
@@ -512,4 +585,24 @@ fn distance(a: &str, b: &str) -> usize {
         }
     }
     row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_example_is_a_value_that_the_schema_describes() {
+        for key in KEYS {
+            assert_ne!(example(key), Value::Null, "[{}] {}", key.section, key.name);
+        }
+        let schema = json_schema();
+        assert_eq!(schema["required"], json!(["server-name", "container"]));
+        assert_eq!(schema["properties"]["scale"]["properties"]["max"]["type"], "integer");
+        assert_eq!(schema["properties"]["volume"]["items"]["required"], json!(["source", "target"]));
+        assert_eq!(
+            schema["properties"]["network"]["properties"]["outbound"]["type"],
+            json!(["string", "array"])
+        );
+    }
 }

@@ -14,6 +14,7 @@ use cmdb::{
 pub(crate) fn app(name: &str, host: &str) -> App {
     App {
         name: name.parse().unwrap(),
+        origin: cmdb::Origin::default(),
         server_names: vec![host.parse().unwrap()],
         container: Container {
             image: "dir:/srv/images/hello".into(),

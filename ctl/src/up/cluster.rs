@@ -3,6 +3,7 @@
 use std::{
     ffi::OsString,
     fs,
+    net::SocketAddr,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
@@ -78,14 +79,27 @@ impl Cluster {
     }
 
     /// The launcher's arguments.
-    pub(crate) fn for_launcher(&self, options: &cli::Among, args: &mut Vec<OsString>) {
+    pub(crate) fn for_launcher(
+        &self,
+        options: &cli::Among,
+        api: Option<SocketAddr>,
+        args: &mut Vec<OsString>,
+    ) {
         self.name(args);
+        if let Some(address) = api.filter(|_| self.has_others()) {
+            args.extend(["--api".into(), address.to_string().into()]);
+        }
         if let Some(address) = options.dispatch {
             args.extend(["--dispatch".into(), address.to_string().into()]);
         }
         for label in &options.label {
             args.extend(["--label".into(), label.into()]);
         }
+    }
+
+    /// The CoreAPI's arguments: by its name the apps of this host's folder are told from those of others.
+    pub(crate) fn for_coreapi(&self, args: &mut Vec<OsString>) {
+        self.name(args);
     }
 
     /// The proxy's arguments.

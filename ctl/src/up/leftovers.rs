@@ -40,7 +40,12 @@ pub(crate) async fn sweep(root: &Path, cgroup: &str, force: bool) -> Vec<String>
     }
     if left.is_empty() {
         let dirs = StateDir::new(root);
-        for socket in [dirs.launcher_socket(), dirs.proxy_socket(), dirs.launcher().join("spawner.sock")] {
+        for socket in [
+            dirs.launcher_socket(),
+            dirs.proxy_socket(),
+            dirs.api_socket(),
+            dirs.launcher().join("spawner.sock"),
+        ] {
             if let Err(error) = fs::remove_file(&socket)
                 && error.kind() != io::ErrorKind::NotFound
             {

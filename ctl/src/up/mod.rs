@@ -169,7 +169,7 @@ async fn start(
     let client = if runs_apps {
         let mut args = common(&[&"--cgroup-parent", &cgroup]);
         launchers_arguments(root, options, &mut args)?;
-        cluster.for_launcher(&options.among, &mut args);
+        cluster.for_launcher(&options.among, options.serve.api, &mut args);
         let grace = Duration::from_secs(40);
         let cmdb = cluster.environment();
         kept.push(Service { name: LAUNCHER, program: launcher.clone(), args, cmdb, grace }.keep());
@@ -178,8 +178,11 @@ async fn start(
     } else {
         None
     };
-    if let Some(conf) = conf {
-        let (args, grace) = (common(&[&"--conf", &conf]), Duration::from_secs(5));
+    if runs_apps {
+        let (mut args, grace) = (common(&[]), Duration::from_secs(5));
+        args.extend(conf.into_iter().flat_map(|conf| ["--conf".into(), OsString::from(conf)]));
+        cluster.for_coreapi(&mut args);
+        for_api(&options.serve, &mut args)?;
         kept.push(Service { name: COREAPI, program: coreapi.clone(), args, cmdb: None, grace }.keep());
     }
     // A former proxy that is on its way out may answer there still, and must not be taken for the new one.
@@ -240,6 +243,19 @@ fn launchers_arguments(root: &Path, options: &cli::Up, args: &mut Vec<OsString>)
     args.extend(["--memory-stall".into(), options.memory_stall.to_string().into()]);
     if let Some(meminfo) = &options.meminfo {
         args.extend(["--meminfo".into(), meminfo.into()]);
+    }
+    Ok(())
+}
+
+/// What the CoreAPI is told of the API.
+fn for_api(serve: &cli::api::Serve, args: &mut Vec<OsString>) -> Result<(), Failure> {
+    if let Some(address) = serve.api {
+        args.extend(["--api".into(), address.to_string().into()]);
+    }
+    if let Some(file) = &serve.tokens {
+        let file = std::fs::canonicalize(file)
+            .map_err(|error| Failure::failed(format!("--tokens {}: {error}", file.display())))?;
+        args.extend(["--tokens".into(), file.into()]);
     }
     Ok(())
 }

@@ -15,6 +15,7 @@ mod host;
 mod http;
 mod vhost;
 
+mod api;
 mod chaos;
 mod commands;
 mod config;

@@ -11,7 +11,7 @@ use std::{
     },
 };
 
-use cmdb::{App, AppName, Change, Generation};
+use cmdb::{App, AppName, Change, Generation, Origin};
 use tokio::sync::mpsc;
 use tokio_seqpacket::UnixSeqpacket;
 
@@ -165,17 +165,18 @@ impl Client {
     /// Puts an app in place. Done when it is durable.
     ///
     /// # Errors
-    /// Refused for a server-name that belongs to another app, or for a peer that may not configure.
+    /// Refused for a server-name that belongs to another app, for an app of another origin, or for a peer that may not
+    /// configure.
     pub async fn put_app(&self, app: App) -> Result<(), ClientError> {
-        self.done(Request::PutApp { app: Box::new(app) }).await
+        self.done(Request::PutApp { app: Box::new(app), take_over: false }).await
     }
 
-    /// Removes an app and has its instances drained.
+    /// Removes an app of this origin and has its instances drained.
     ///
     /// # Errors
-    /// Refused for a peer that may not configure.
-    pub async fn remove_app(&self, app: &AppName) -> Result<(), ClientError> {
-        self.done(Request::RemoveApp { app: app.clone() }).await
+    /// Refused for an app of another origin, or for a peer that may not configure.
+    pub async fn remove_app(&self, app: &AppName, origin: Origin) -> Result<(), ClientError> {
+        self.done(Request::RemoveApp { app: app.clone(), origin: Some(origin) }).await
     }
 
     /// Asks something whose answer is [`Reply::Done`].

@@ -60,6 +60,18 @@ impl StateDir {
         self.run().join("proxy").join("proxy.sock")
     }
 
+    /// The CoreAPI's socket, for root.
+    #[must_use]
+    pub fn api_socket(&self) -> PathBuf {
+        self.run().join("api").join("api.sock")
+    }
+
+    /// The CoreAPI's own: its audit log; owned by its user.
+    #[must_use]
+    pub fn coreapi(&self) -> PathBuf {
+        self.0.join("coreapi")
+    }
+
     /// The proxy's own: last-known-good file, access log; owned by the proxy's user.
     #[must_use]
     pub fn proxy(&self) -> PathBuf {

@@ -8,6 +8,7 @@ pub const HOUR_S: u64 = 3_600;
 
 /// What was used in some span of time.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Figures {
     /// CPU time, µs.
     pub cpu_us: u64,
@@ -31,12 +32,14 @@ pub struct Figures {
 
 /// One line of the ledger.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Usage {
     /// Begin of the span, seconds since the Unix epoch.
     pub from_unix_s: u64,
     /// Its length, seconds.
     pub span_s: u64,
     /// Which app; `None`: the parent of all cgroups, of which only the CPU time is counted.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub app: Option<AppName>,
     /// What was used.
     #[serde(flatten)]
@@ -46,6 +49,7 @@ pub struct Usage {
 /// Into which spans usage is summed up. Hours and days are UTC's.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub enum Span {
     /// The whole time that was asked for.
     All,

@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use cmdb::{App, AppName, AppRecord, Generation, Outcome, Transition, compute::Nodes};
+use cmdb::{App, AppName, AppRecord, Generation, Origin, Outcome, Transition, compute::Nodes};
 use serde::{Deserialize, Serialize};
 
 use crate::usage::{Span, Traffic, Usage};
@@ -96,15 +96,22 @@ pub enum Request {
         /// A proxy that serves traffic: its `Quiesced` is waited for.
         serving: bool,
     },
-    /// CoreAPI, root: put an app in place. → [`Reply::Done`].
+    /// CoreAPI, root: put an app in place. Refused ([`RefusalCode::Conflict`]) while one of another origin is there that says
+    /// something else. → [`Reply::Done`].
     PutApp {
         /// The app.
         app: Box<App>,
+        /// Whatever the origin of the one that is there.
+        #[serde(default)]
+        take_over: bool,
     },
     /// CoreAPI, root: remove an app and end its instances. → [`Reply::Done`].
     RemoveApp {
         /// Which.
         app: AppName,
+        /// Only if it is of this origin.
+        #[serde(default)]
+        origin: Option<Origin>,
     },
     /// CoreAPI, root: put a line among the events. No reply.
     Note {
@@ -214,6 +221,7 @@ pub enum Request {
 /// How the operator wants an app to be scaled. What is `None` stays as it is.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ScaleOrder {
     /// Before all else: back to what the vhost file says, and no pause.
     pub auto: bool,
@@ -328,6 +336,8 @@ pub enum RefusalCode {
     Elsewhere,
     /// This peer may not ask that.
     Forbidden,
+    /// Somebody else configured it, or has its name.
+    Conflict,
     /// The packet makes no sense, or speaks another version.
     BadRequest,
     /// A fault of the launcher or its host; the message says which.
@@ -355,6 +365,7 @@ pub struct Activity {
 
 /// First-byte times of the last second.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Window {
     /// Responses.
     pub count: u32,
@@ -372,6 +383,7 @@ pub struct Window {
 
 /// How an instance came to be ready.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WakeTiming {
     /// When the launcher began, µs since the Unix epoch.
     pub begun_us: u64,
@@ -386,6 +398,7 @@ pub struct WakeTiming {
 
 /// One step of a start.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Step {
     /// Its name.
     pub name: String,
@@ -395,8 +408,10 @@ pub struct Step {
 
 /// One line of `ps`: an instance, or an app without one.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Status {
     /// Its app.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub app: AppName,
     /// Its server-names.
     pub server_names: Vec<String>,
@@ -404,6 +419,7 @@ pub struct Status {
     #[serde(default)]
     pub node: String,
     /// Its generation; `None` when the app is stopped.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<u64>))]
     pub generation: Option<Generation>,
     /// `absent`, `starting`, `ready`, `frozen`, `draining`, `backing-off`.
     pub state: String,
@@ -461,6 +477,7 @@ pub struct Status {
 
 /// Something that the scaler did, or found that it could do nothing about.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Decision {
     /// ms since the Unix epoch.
     pub at_unix_ms: u64,
@@ -472,6 +489,7 @@ pub struct Decision {
 
 /// One image that an app has.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ImageStatus {
     /// As the vhost file names it, followed by ` + ` and the name of each of its provisioning steps when it is about these.
     pub image: String,
@@ -489,6 +507,7 @@ pub struct ImageStatus {
     #[serde(default)]
     pub step: Option<String>,
     /// The apps that have it.
+    #[cfg_attr(feature = "openapi", schema(value_type = Vec<String>))]
     pub apps: Vec<AppName>,
     /// Why the last preparation failed; empty when it did not.
     pub error: String,
@@ -498,6 +517,7 @@ pub struct ImageStatus {
 
 /// One event.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Event {
     /// Rises by one.
     pub seq: u64,
@@ -508,8 +528,10 @@ pub struct Event {
     /// `config-removed`, `config-error`, `suspect`, `launcher-started`, …
     pub kind: String,
     /// About which app.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub app: Option<AppName>,
     /// About which instance.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<u64>))]
     pub generation: Option<Generation>,
     /// In words.
     pub message: String,
@@ -517,8 +539,10 @@ pub struct Event {
 
 /// One line of an app's output.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct LogLine {
     /// Which instance.
+    #[cfg_attr(feature = "openapi", schema(value_type = u64))]
     pub generation: Generation,
     /// ms since the Unix epoch.
     pub at_unix_ms: u64,
@@ -549,6 +573,7 @@ impl RefusalCode {
             Self::Busy => "busy",
             Self::Elsewhere => "elsewhere",
             Self::Forbidden => "forbidden",
+            Self::Conflict => "conflict",
             Self::BadRequest => "bad-request",
             Self::Internal => "internal",
         }

@@ -2,7 +2,7 @@
 
 use std::{os::fd::OwnedFd, sync::Arc};
 
-use cmdb::{AppName, Change, Generation, StoreError};
+use cmdb::{AppName, Change, Generation, Origin, StoreError};
 use launcher_client::{
     usage::Span,
     wire::{Event, MAX_FDS, Refusal, RefusalCode, Reply, Request, Status},
@@ -25,8 +25,10 @@ impl Peer {
             Request::Wake { app, sockets } => self.wake(&app, sockets).await,
             Request::Sockets { app, generation, count } => self.sockets(&app, generation, count).await,
             Request::Watch { serving } => return self.watch(id, serving).await,
-            Request::PutApp { app } => self.put_app(*app).await.map(without_fds),
-            Request::RemoveApp { app } => self.remove_app(&app).await.map(without_fds),
+            Request::PutApp { app, take_over } => self.put_app(*app, take_over).await.map(without_fds),
+            Request::RemoveApp { app, origin } => {
+                self.remove_app(&app, origin.as_ref()).await.map(without_fds)
+            }
             Request::Apply { app, transition } => match self.host.store.apply(&app, transition).await {
                 Ok((outcome, record)) => Ok(without_fds(Reply::Applied { outcome, record })),
                 Err(error) => Err(store_refusal(&error)),
@@ -132,12 +134,23 @@ impl Peer {
     }
 
     /// What follows from it is done by whoever follows the CMDB, on this host and others.
-    async fn put_app(&self, app: cmdb::App) -> Result<Reply, Refusal> {
+    async fn put_app(&self, app: cmdb::App, take_over: bool) -> Result<Reply, Refusal> {
+        if let Some((known, _)) = self.host.store.get(&app.name).filter(|_| !take_over)
+            && !known.origin.yields_to(&app.origin)
+        {
+            // The same files on several hosts: all of them may say the same.
+            return if known.says_the_same(&app) { Ok(Reply::Done) } else { Err(not_yours(&known)) };
+        }
         self.host.store.put_app(app).await.map_err(|e| store_refusal(&e))?;
         Ok(Reply::Done)
     }
 
-    async fn remove_app(&self, app: &AppName) -> Result<Reply, Refusal> {
+    async fn remove_app(&self, app: &AppName, origin: Option<&Origin>) -> Result<Reply, Refusal> {
+        if let Some((known, _)) = self.host.store.get(app)
+            && origin.is_some_and(|origin| !known.origin.yields_to(origin))
+        {
+            return Err(not_yours(&known));
+        }
         // The supervisor drains through the store, so it must hear of it while the app is still there: proxies then
         // see the instances drain, and only then the app go.
         if let Some(supervisor) = self.host.running_supervisor(app) {
@@ -380,6 +393,14 @@ fn unknown(app: &AppName) -> Refusal {
     Refusal::new(RefusalCode::UnknownApp, format!("no app is called \"{app}\""))
 }
 
+fn not_yours(app: &cmdb::App) -> Refusal {
+    let message = format!(
+        "the app \"{}\" is configured by {} already; change or remove it there, or give this one another name",
+        app.name, app.origin
+    );
+    Refusal::new(RefusalCode::Conflict, message)
+}
+
 fn gone(app: &AppName) -> Refusal {
     Refusal::new(RefusalCode::Busy, format!("{app} is ending"))
 }
@@ -390,7 +411,7 @@ fn store_refusal(error: &StoreError) -> Refusal {
         StoreError::OneHost | StoreError::UnknownNode(_) | StoreError::NodeAlive(_) => {
             RefusalCode::BadRequest
         }
-        StoreError::DuplicateName { .. } => RefusalCode::BadRequest,
+        StoreError::DuplicateName { .. } => RefusalCode::Conflict,
         StoreError::Unavailable(_) | StoreError::Corrupt { .. } | StoreError::NodeTwice(_) => {
             RefusalCode::Internal
         }

@@ -55,6 +55,18 @@ impl Role {
                     | Request::Ps { .. }
                     | Request::Events { .. }
                     | Request::Nodes
+                    // On behalf of those whose tokens it has checked; never with sockets.
+                    | Request::Wake { sockets: 0, .. }
+                    | Request::WakeTiming { .. }
+                    | Request::Stop { .. }
+                    | Request::Restart { .. }
+                    | Request::Limit { .. }
+                    | Request::Scale { .. }
+                    | Request::Signal { .. }
+                    | Request::Logs { .. }
+                    | Request::Usage { .. }
+                    | Request::Images
+                    | Request::Drain { .. }
             ),
             Self::Proxy => matches!(
                 request,
@@ -93,15 +105,17 @@ mod tests {
         let identities = Identities { coreapi: 60_901, proxy: 60_902 };
         let app = || "blog".parse::<cmdb::AppName>().unwrap();
         let wake = Request::Wake { app: app(), sockets: 1 };
-        let remove = Request::RemoveApp { app: app() };
+        let remove = Request::RemoveApp { app: app(), origin: None };
+        let look = Request::Wake { app: app(), sockets: 0 };
         let stop = Request::Stop { app: app() };
 
         assert!(
             identities.role(0).may(&wake) && identities.role(0).may(&remove) && identities.role(0).may(&stop)
         );
         assert!(identities.role(60_902).may(&wake) && !identities.role(60_902).may(&remove));
-        assert!(identities.role(60_901).may(&remove) && !identities.role(60_901).may(&wake));
-        assert!(!identities.role(60_901).may(&stop) && !identities.role(60_902).may(&stop));
+        assert!(identities.role(60_901).may(&remove) && identities.role(60_901).may(&stop));
+        assert!(identities.role(60_901).may(&look) && !identities.role(60_901).may(&wake), "no sockets");
+        assert!(!identities.role(60_902).may(&stop));
         assert_eq!(identities.role(33), Role::Stranger);
         assert!(!Role::Stranger.may(&Request::Ps { app: None }));
     }

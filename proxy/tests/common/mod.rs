@@ -327,6 +327,7 @@ pub fn name(app: &str) -> AppName {
 pub fn app(app: &str) -> App {
     App {
         name: name(app),
+        origin: cmdb::Origin::default(),
         server_names: vec![format!("{app}.test").parse().unwrap()],
         container: Container {
             image: "dir:/".into(),
