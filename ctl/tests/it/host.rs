@@ -70,7 +70,7 @@ impl Host {
         Self::up_as(program("fastcontainer"), None, arguments, |_| {})
     }
 
-    fn up_as<'a>(
+    pub(crate) fn up_as<'a>(
         program: PathBuf,
         files: impl Into<Option<&'a [(String, Vec<u8>)]>>,
         arguments: &[&str],
@@ -261,18 +261,22 @@ impl Host {
     /// The name of the parent of this host's cgroups, as the launcher was told it.
     #[track_caller]
     pub(crate) fn cgroup(&self) -> String {
+        self.find_cgroup().unwrap_or_else(|| panic!("no launcher runs\n{}", self.log_tail()))
+    }
+
+    fn find_cgroup(&self) -> Option<String> {
         let mine = processes_with(&self.state.to_string_lossy());
-        let name = mine.iter().find_map(|(_, line)| {
+        mine.iter().find_map(|(_, line)| {
             let mut words = line.split(' ').skip_while(|word| *word != "--cgroup-parent");
             words.nth(1).map(ToOwned::to_owned)
-        });
-        name.unwrap_or_else(|| panic!("no launcher among {mine:?}"))
+        })
     }
 
     /// SIGTERM; `up` must end by itself with success and leave nothing behind.
     #[track_caller]
     pub(crate) fn end(mut self) {
-        let cgroup = self.cgroup();
+        // A pure edge has none.
+        let cgroup = self.find_cgroup().unwrap_or_else(|| "fastcontainer, none".to_owned());
         kill(Pid::from_raw(self.pid()), Signal::SIGTERM).expect("signal up");
         let status = self.wait();
         assert!(status.success(), "up ended with {status:?}\n{}", self.log_tail());

@@ -13,6 +13,7 @@
 mod cluster;
 mod host;
 mod http;
+mod lan;
 mod vhost;
 
 mod api;
@@ -30,6 +31,7 @@ mod images;
 mod isolation;
 mod leak;
 mod lifecycle;
+mod many;
 mod metrics;
 mod network;
 mod oci;
