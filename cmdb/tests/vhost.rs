@@ -164,6 +164,14 @@ fn every_fault_is_told_at_once_with_its_place() {
 }
 
 #[test]
+fn an_exclusive_volume_is_for_one_instance() {
+    let volume = "[[volume]]\nsource = \"blog\"\ntarget = \"/data\"\nexclusive = true\n";
+    assert!(parse(&format!("{LEAST}{volume}")).unwrap().volumes[0].exclusive);
+    let faults = parse(&format!("{LEAST}{volume}[scale]\nmax = 2\n")).unwrap_err();
+    assert!(faults[0].message.contains("exclusive volume is for one instance"), "{faults:?}");
+}
+
+#[test]
 fn a_fault_comes_with_its_mend() {
     let mend = |text: &str| parse(text).unwrap_err()[0].mend.clone();
     assert_eq!(mend(&format!("{LEAST}[holds]\n")), "did you mean [hold]?");

@@ -15,8 +15,8 @@ use cmdb::{
 };
 use launcher_client::{GovernorMode, paths::DEFAULT_STATE};
 
-pub(crate) use among::{Among, Drain, Role, Uncordon, node_name};
-use among::{DRAIN, NODES, UNCORDON};
+pub(crate) use among::{Among, Drain, Forget, Role, Uncordon, node_name};
+use among::{DRAIN, FORGET, NODES, UNCORDON};
 
 const ABOUT: &str = "\
 FastContainer: web apps in containers that the first request wakes, in milliseconds.
@@ -81,6 +81,9 @@ pub(crate) enum Command {
     /// Empty a host: its apps move to other hosts, and nothing new is placed there
     #[command(after_help = DRAIN)]
     Drain(Drain),
+    /// Delete what is known of a host that will not come back
+    #[command(after_help = FORGET)]
+    Forget(Forget),
     /// Let a host take apps again
     #[command(after_help = UNCORDON)]
     Uncordon(Uncordon),

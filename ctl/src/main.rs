@@ -57,6 +57,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Events(options) => events::run(global, &options, &mut out).await?,
         Command::Nodes => nodes::nodes(global, &mut out).await?,
         Command::Drain(options) => nodes::drain(global, &options, &mut out).await?,
+        Command::Forget(options) => nodes::forget(global, &options, &mut out).await?,
         Command::Uncordon(options) => nodes::uncordon(global, &options, &mut out).await?,
         Command::Logs(options) => logs::run(global, options, &mut out).await?,
         Command::Wake(options) => control::wake(global, options, &mut out).await?,

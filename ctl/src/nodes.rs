@@ -1,4 +1,4 @@
-//! `nodes`, `drain`, `uncordon`: the hosts, and emptying one of them.
+//! `nodes`, `drain`, `uncordon`, `forget`: the hosts, and emptying one of them.
 
 use std::time::{Duration, Instant};
 
@@ -93,11 +93,15 @@ pub(crate) async fn uncordon(
     done(&options.node, "ready", "takes apps again", out)
 }
 
+/// `forget`
+pub(crate) async fn forget(global: &Global, options: &cli::Forget, out: &mut Output) -> Result<(), Failure> {
+    let client = launcher::connect(global).await?;
+    client.done(Request::Forget { node: options.node.clone() }).await?;
+    done(&options.node, "forgotten", "is forgotten", out)
+}
+
 async fn set(client: &Client, node: &str, draining: bool) -> Result<(), Failure> {
-    match launcher::ask(client, Request::Drain { node: node.to_owned(), draining }).await? {
-        Reply::Done => Ok(()),
-        other => Err(Failure::failed(format!("the launcher gave an unexpected answer: {other:?}"))),
-    }
+    Ok(client.done(Request::Drain { node: node.to_owned(), draining }).await?)
 }
 
 /// Whether the CMDB has instances of that host.

@@ -48,7 +48,8 @@ pub(crate) async fn open(home: &Home, node: &str, folder: &Path) -> Result<Arc<d
     Ok(Arc::new(store))
 }
 
-/// Tells the others again and again that this host is there, and what it has left.
+/// Tells the others again and again that this host is there, and what it has left, until it ends: then they shall not wait
+/// for it.
 pub(crate) async fn beat(host: Arc<Host>, mut compute: Compute) {
     compute.cpu = u32::try_from(host.governor.cores()).unwrap_or(1).saturating_mul(1_000);
     compute.memory = HostGauge::whole_memory();
@@ -58,6 +59,9 @@ pub(crate) async fn beat(host: Arc<Host>, mut compute: Compute) {
     let mut told_twice = None;
     loop {
         clock.tick().await;
+        if host.is_ending() {
+            return;
+        }
         let sent = std::time::Instant::now();
         match host.store.beat(&compute, load(&host, compute.cpu)).await {
             Ok(()) => {

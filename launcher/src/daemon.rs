@@ -160,11 +160,12 @@ pub async fn run(config: Config) -> Result<Ended> {
     host.outbound.resume(&links).await;
     tokio::spawn(outbound::keep(Arc::clone(&host)));
     tokio::spawn(route_events(Arc::clone(&host), spawner.events));
-    adopt(&host, adoptions).await;
-    tokio::spawn(cluster::follow(Arc::clone(&host)));
     if host.several {
+        // At once: others take a host for lost that is silent for long.
         tokio::spawn(cluster::beat(Arc::clone(&host), config.among));
     }
+    adopt(&host, adoptions).await;
+    tokio::spawn(cluster::follow(Arc::clone(&host)));
 
     let path = config.state.launcher_socket();
     let listener = api::bind(&path, config.gid).context("the launcher's socket")?;

@@ -253,6 +253,7 @@ impl Supervisor {
                 self.ending = true;
                 self.stoppers.push(reply);
                 self.refuse_wakers(&Refusal::new(RefusalCode::Busy, "the launcher is ending"));
+                self.give_up_all().await;
                 self.terminate_all();
             }
         }

@@ -70,6 +70,21 @@ pub(crate) struct Drain {
     pub(crate) wait: bool,
 }
 
+pub(super) const FORGET: &str = "\
+Refused while the host is there: drain it, end its `up`, then forget it. Should it come back after all, it is known again,
+and ends whatever of its instances others have given up.
+
+Examples:
+  sudo fastcontainer forget web3";
+
+/// `forget`
+#[derive(Args, Debug)]
+pub(crate) struct Forget {
+    /// Which host
+    #[arg(value_parser = node_name)]
+    pub(crate) node: String,
+}
+
 pub(super) const UNCORDON: &str = "\
 Examples:
   sudo fastcontainer uncordon web3";

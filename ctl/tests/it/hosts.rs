@@ -50,6 +50,8 @@ fn an_app_that_runs_on_one_host_is_not_started_on_another() {
 
     assert!(String::from_utf8_lossy(&refused.stderr).contains("runs on b"), "{refused:?}");
     a.wait_for("a to see where it runs", || ready_on(a, "blog") == ["b"]);
+    a.ctl_ok(&["stop", "blog"]);
+    assert_eq!(b.states("blog"), ["absent"], "it is stopped wherever it runs");
     assert_eq!((a.count("blog", "ready"), b.count("blog", "ready")), (0, 1));
     assert_eq!(nodes(a).len(), 2);
     cluster.end();
@@ -158,6 +160,10 @@ fn instances_that_always_run_are_spread_and_come_back_when_a_host_is_lost() {
     });
 
     assert_eq!(a.events_of_host("node-lost"), 1);
+    let refused = a.ctl(&["forget", "a"]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("is alive"), "{refused:?}");
+    a.ctl_ok(&["forget", &lost]);
+    assert_eq!(nodes(a).len(), 2);
     cluster.end();
 }
 

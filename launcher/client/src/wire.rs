@@ -205,6 +205,11 @@ pub enum Request {
         /// Whether it is to be emptied.
         draining: bool,
     },
+    /// Operator: delete what is known of a host that will not come back, and give up its instances. → [`Reply::Done`].
+    Forget {
+        /// Which host.
+        node: String,
+    },
     /// Operator: the images of all apps. → stream of [`Reply::Image`], then [`Reply::End`].
     Images,
     /// Operator: the launcher's figures in Prometheus' text format. → stream of [`Reply::Text`], then [`Reply::End`].

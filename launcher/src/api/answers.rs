@@ -1,6 +1,6 @@
 //! The answers to what peers ask.
 
-use std::{os::fd::OwnedFd, sync::Arc};
+use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use cmdb::{AppName, Change, Generation, Origin, StoreError};
 use launcher_client::{
@@ -17,6 +17,8 @@ use crate::supervisor::{Awake, Limits, Message};
 
 /// Bytes of text in a packet; JSON may need two for one.
 const TEXT_PIECE: usize = launcher_client::wire::MAX_PACKET / 4;
+/// How often it is looked at whether other hosts have done their part.
+const LOOK: Duration = Duration::from_millis(50);
 
 impl Peer {
     /// Answers one request; replies go out as they come about.
@@ -35,6 +37,10 @@ impl Peer {
             },
             Request::Nodes => Ok(without_fds(Reply::Nodes { nodes: self.host.store.nodes() })),
             Request::Drain { node, draining } => match self.host.store.set_draining(&node, draining).await {
+                Ok(()) => Ok(without_fds(Reply::Done)),
+                Err(error) => Err(store_refusal(&error)),
+            },
+            Request::Forget { node } => match self.host.store.forget_node(&node).await {
                 Ok(()) => Ok(without_fds(Reply::Done)),
                 Err(error) => Err(store_refusal(&error)),
             },
@@ -295,7 +301,30 @@ impl Peer {
             // A supervisor that ended meanwhile has no instances left.
             let _ = done.await;
         }
+        if self.host.several {
+            self.stop_elsewhere(app).await?;
+        }
         Ok(Reply::Done)
+    }
+
+    /// The launchers of other hosts see in the CMDB what has to go.
+    async fn stop_elsewhere(&self, app: &AppName) -> Result<(), Refusal> {
+        let others = || -> Vec<Generation> {
+            let lost = self.host.lost();
+            let record = self.host.store.get(app).map(|(_, record)| record).unwrap_or_default();
+            let others = record.instances.values();
+            let others = others.filter(|i| i.node != self.host.node && !lost.contains(&i.node));
+            others.map(|instance| instance.generation).collect()
+        };
+        let told = others();
+        for generation in &told {
+            let transition = cmdb::Transition::Drain { generation: *generation };
+            self.host.store.apply(app, transition).await.map_err(|error| store_refusal(&error))?;
+        }
+        while others().iter().any(|generation| told.contains(generation)) {
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(())
     }
 
     fn restart(&self, app: &AppName) -> Result<Reply, Refusal> {

@@ -66,6 +66,10 @@ fn the_table_of_causes_and_cures() {
         (Evidence { cpu_stalled: 10, ..full(slow()) }, Cause::Elsewhere, Cure::Nothing),
         (Evidence { cpu_stalled: 500, ..slow() }, Cause::Host, Cure::Nothing),
         (Evidence { throttled: 7, ..throttled(slow()) }, Cause::Unclear, Cure::Nothing),
+        (Evidence { other_host: true, ..full(slow()) }, Cause::Host, Cure::Add),
+        (Evidence { other_host: true, elsewhere: 1, ..full(slow()) }, Cause::Host, Cure::Nothing),
+        (Evidence { other_host: true, ..slow() }, Cause::Elsewhere, Cure::Nothing),
+        (Evidence { elsewhere: 1, ..queue }, Cause::Workers, Cure::Nothing),
     ] {
         let decision = decided(evidence);
         assert_eq!((decision.cause, decision.cure), (cause, cure), "{evidence:?}");

@@ -147,8 +147,11 @@ impl Supervisor {
         let record = self.record();
         for generation in self.generations() {
             let Some(running) = self.running.get(&generation) else { continue };
+            let known = record.instances.get(&generation);
             if record.is_fenced(&self.host.node, generation) {
                 self.end_fenced(generation);
+            } else if known.is_some_and(|known| known.state == State::Draining) && !running.is_ending() {
+                self.drain(generation, "stopped by way of another host").await;
             } else if !record.instances.contains_key(&generation) && !running.is_ending() {
                 self.tell_again(generation).await;
             }
@@ -174,6 +177,18 @@ impl Supervisor {
             return self.launch(generation, None, "another host has no room for it, or is to be emptied");
         }
         drop(self.apply(Transition::Gone { generation }).await);
+    }
+
+    /// This host ends: others shall know before its instances have ended.
+    pub(super) async fn give_up_all(&mut self) {
+        if !self.host.several {
+            return;
+        }
+        for generation in self.generations() {
+            if self.running.get(&generation).is_some_and(|running| !running.is_ending()) {
+                drop(self.apply(Transition::Drain { generation }).await);
+            }
+        }
     }
 
     /// This host was thought dead, and others have taken its place.
