@@ -267,11 +267,6 @@ impl Host {
         self.ending.store(true, Ordering::SeqCst);
     }
 
-    /// Whether that is so.
-    pub fn is_ending(&self) -> bool {
-        self.ending.load(Ordering::SeqCst)
-    }
-
     /// The instance, if it listens.
     pub fn live(&self, app: &AppName, generation: Generation) -> Option<Arc<Live>> {
         lock(&self.live).get(&InstanceId { app: app.clone(), generation }).cloned()
