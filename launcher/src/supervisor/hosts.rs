@@ -147,7 +147,7 @@ impl Supervisor {
         let record = self.record();
         for generation in self.generations() {
             let Some(running) = self.running.get(&generation) else { continue };
-            if record.is_fenced(&self.host.node, generation) {
+            if !record.may_be_of(&self.host.node, generation) {
                 self.end_fenced(generation);
             } else if !record.instances.contains_key(&generation) && !running.is_ending() {
                 self.tell_again(generation).await;
