@@ -327,11 +327,11 @@ impl Shared {
         }
         let mut record = AppRecord::clone(&record);
         let rev = record.rev;
-        if let Transition::Wake { node: on, .. } | Transition::Add { node: on, .. } = transition {
-            if on != node {
-                let why = format!("\"{on}\" cannot be told to start anything while Redis is away");
-                return Some(Err(StoreError::Unavailable(why)));
-            }
+        if let Transition::Wake { node: on, .. } | Transition::Add { node: on, .. } = transition
+            && on != node
+        {
+            let why = format!("\"{on}\" cannot be told to start anything while Redis is away");
+            return Some(Err(StoreError::Unavailable(why)));
         }
         let outcome = self.decide(&mut record, transition, state.now_ms());
         let exclusive = spec.volumes.iter().any(|volume| volume.exclusive);
