@@ -14,6 +14,7 @@ mod dirty;
 mod follow;
 mod heartbeats;
 mod hosts;
+mod mint;
 mod remembered;
 mod state;
 mod stored;
@@ -54,9 +55,6 @@ pub const HEARTBEAT: Duration = Duration::from_millis(500);
 pub const DEAD_AFTER: Duration = Duration::from_millis(1_500);
 /// The longest that a request may be kept waiting by Redis; then its host goes on without.
 pub const BUDGET: Duration = Duration::from_millis(150);
-
-/// Generations that hosts give out while Redis is away differ by up to so much, ms.
-const SPREAD_MS: u64 = 1_000;
 
 /// Apps share so many locks.
 const TURNS: usize = 64;
@@ -131,7 +129,7 @@ impl RedisStore {
     fn begin(address: &str, role: Role, budget: Duration, path: Option<&Path>) -> Result<Self, AddressError> {
         let shared = Arc::new(Shared {
             commands: Commands::new(Address::parse(address)?, budget),
-            hosts: Hosts::new(Address::parse(address)?),
+            hosts: Hosts::new(Address::parse(address)?, role.node()),
             state: Mutex::new(State::new(role.node())),
             role,
             link: watch::Sender::default(),
@@ -142,6 +140,7 @@ impl RedisStore {
         if let Some(path) = path {
             let remembered = remembered::read(path);
             if !remembered.apps.is_empty() {
+                shared.hosts.set_number(remembered.number);
                 shared.lock().recall(remembered);
                 shared.link.send_modify(|link| link.filled = true);
             }
@@ -289,7 +288,7 @@ impl Shared {
             }
             let now_ms = self.lock().now_ms();
             let mut record = AppRecord::clone(&from.record);
-            let outcome = record.apply(transition, now_ms);
+            let outcome = self.decide(&mut record, transition, now_ms);
             // What is refused changes nothing; that it was rightly refused is confirmed all the same.
             let to = if record.rev == from.record.rev { Vec::new() } else { record_fields(app, &record)? };
             let swap = Swap { app, from: &from, now_ms: Some(now_ms), to };
@@ -303,6 +302,13 @@ impl Shared {
             }
         }
         Err(StoreError::Unavailable(format!("\"{app}\" changes too quickly to be changed")))
+    }
+
+    fn decide(&self, record: &mut AppRecord, transition: &Transition, now_ms: u64) -> Outcome {
+        if matches!(transition, Transition::Wake { .. } | Transition::Add { .. }) {
+            mint::prepare(record, self.hosts.number(), now_ms);
+        }
+        record.apply(transition, now_ms)
     }
 
     /// While Redis cannot be reached the node goes on by itself.
@@ -321,16 +327,13 @@ impl Shared {
         }
         let mut record = AppRecord::clone(&record);
         let rev = record.rev;
-        if let Transition::Wake { node: on, .. } | Transition::Add { node: on, .. } = transition {
-            if on != node {
-                let why = format!("\"{on}\" cannot be told to start anything while Redis is away");
-                return Some(Err(StoreError::Unavailable(why)));
-            }
-            // Hosts that are apart and asked at one moment should not give out one generation.
-            let spread = fnv1a(node.as_bytes()) % SPREAD_MS;
-            record.generation = record.generation.max(Generation(state.now_ms() + spread));
+        if let Transition::Wake { node: on, .. } | Transition::Add { node: on, .. } = transition
+            && on != node
+        {
+            let why = format!("\"{on}\" cannot be told to start anything while Redis is away");
+            return Some(Err(StoreError::Unavailable(why)));
         }
-        let outcome = record.apply(transition, state.now_ms());
+        let outcome = self.decide(&mut record, transition, state.now_ms());
         let exclusive = spec.volumes.iter().any(|volume| volume.exclusive);
         if exclusive && matches!(outcome, Outcome::Own(_)) {
             // Nobody can know whether another host has it.

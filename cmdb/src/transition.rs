@@ -188,8 +188,10 @@ impl AppRecord {
         self.instances.values().filter(|i| i.state == State::Ready)
     }
 
-    /// Whether an instance of `node` may have this generation: it was not given up, and is not another host's.
-    fn may_be_of(&self, node: &str, generation: Generation) -> bool {
+    /// Whether an instance of `node` may have this generation: it was not given up, and is not another host's. If not, it has
+    /// to end.
+    #[must_use]
+    pub fn may_be_of(&self, node: &str, generation: Generation) -> bool {
         !self.is_fenced(node, generation) && self.instances.get(&generation).is_none_or(|i| i.node == node)
     }
 

@@ -89,6 +89,9 @@ impl<'a> Session<'a> {
         self.read_all(restored).await?;
         self.set_last(last);
         self.tell_untold().await;
+        if let Some(own) = self.shared.node() {
+            let _ = self.shared.take_number(own).await;
+        }
         // Before anybody learns that all is there; should it fail, they are looked at again at once by those who follow them.
         let _ = self.shared.look_at_hosts().await;
         self.shared.commands.half_open();

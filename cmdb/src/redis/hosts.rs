@@ -1,4 +1,4 @@
-//! The hosts that there are, in Redis: three small hashes beside the tracked keys, read whole by everybody each
+//! The hosts that there are, in Redis: small hashes beside the tracked keys, read whole by everybody each
 //! [`HEARTBEAT`]. One connection of their own, so that neither a request waits for them nor they for a request.
 
 use std::{
@@ -20,22 +20,26 @@ use super::{
 };
 use crate::{
     compute::{self, Compute, Load},
+    fingerprint::fnv1a,
     store::StoreError,
     transition::Transition,
 };
 
-/// What hosts say of themselves, by name. One slot of a Cluster for all three.
+/// What hosts say of themselves, by name. One slot of a Cluster for all of these.
 const REGISTERED: &str = "fch:{hosts}:registered";
 /// Which hosts the operator wants to be empty.
 const DRAINS: &str = "fch:{hosts}:drains";
 /// Their heartbeats.
 const BEATS: &str = "fch:{hosts}:beats";
+/// Their numbers, see [`super::mint`].
+const NUMBERS: &str = "fch:{hosts}:numbers";
 /// The longest that a heartbeat or a reading of them may take.
 const WITHIN: Duration = Duration::from_secs(1);
 
+static NUMBER: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("number.lua")));
 static DRAIN: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("drain.lua")));
 
-/// This process's way to the three hashes.
+/// This process's way to them.
 #[derive(Debug)]
 pub(super) struct Hosts {
     commands: Commands,
@@ -44,13 +48,39 @@ pub(super) struct Hosts {
     beats: AtomicU64,
     /// A heartbeat of this life has arrived.
     heard: AtomicBool,
+    /// Of this process's own host; 0 until Redis has given it one.
+    number: AtomicU64,
+    /// In its place until then.
+    provisional: u64,
 }
 
 impl Hosts {
-    pub(super) fn new(address: Address) -> Self {
-        let boot = ahash::RandomState::new().hash_one(0);
-        let commands = Commands::untiring(address, WITHIN);
-        Self { commands, boot, beats: AtomicU64::new(0), heard: AtomicBool::new(false) }
+    pub(super) fn new(address: Address, own: Option<&str>) -> Self {
+        Self {
+            commands: Commands::untiring(address, WITHIN),
+            boot: ahash::RandomState::new().hash_one(0),
+            beats: AtomicU64::new(0),
+            heard: AtomicBool::new(false),
+            number: AtomicU64::new(0),
+            provisional: own.map_or(0, |own| fnv1a(own.as_bytes())),
+        }
+    }
+
+    /// The number of this process's own host.
+    pub(super) fn number(&self) -> u64 {
+        match self.number_told() {
+            0 => self.provisional,
+            number => number,
+        }
+    }
+
+    /// As Redis has given it; 0: it has not.
+    pub(super) fn number_told(&self) -> u64 {
+        self.number.load(Relaxed)
+    }
+
+    pub(super) fn set_number(&self, number: u64) {
+        self.number.store(number, Relaxed);
     }
 }
 
@@ -114,17 +144,30 @@ impl Shared {
         }
         let name = compute.name.as_str();
         let mut pipe = redis::pipe();
-        pipe.hget(BEATS, name);
+        pipe.hget(BEATS, name).hget(NUMBERS, name);
         pipe.hset(REGISTERED, name, &said).ignore();
         pipe.hset(BEATS, name, heartbeats::beat(hosts.boot, hosts.beats.fetch_add(1, Relaxed), load))
             .ignore();
-        let (before,): (Option<Vec<u8>>,) =
+        let (before, number): (Option<Vec<u8>>, Option<u64>) =
             hosts.commands.call(async |mut to| pipe.query_async(&mut to).await).await?;
+        match number {
+            Some(number) => hosts.set_number(number),
+            None => self.take_number(name).await?,
+        }
         let mine = before.is_none_or(|before| heartbeats::is_of(hosts.boot, &before));
         // The first finds the one of this host's life before.
         if hosts.heard.swap(true, Relaxed) && !mine {
             return Err(StoreError::NodeTwice(name.to_owned()));
         }
+        Ok(())
+    }
+
+    /// Gets this process's own host a number, the one that it has had if that is free.
+    pub(super) async fn take_number(&self, name: &str) -> Result<(), StoreError> {
+        let mut call = NUMBER.key(NUMBERS);
+        call.arg(name).arg(self.hosts.number_told());
+        let number = self.hosts.commands.call(async |mut to| call.invoke_async(&mut to).await).await?;
+        self.hosts.set_number(number);
         Ok(())
     }
 
@@ -155,7 +198,7 @@ impl Shared {
         }
         let mut pipe = redis::pipe();
         pipe.hset(REGISTERED, name, "").ignore();
-        pipe.hdel(BEATS, name).ignore().hdel(DRAINS, name).ignore();
+        pipe.hdel(BEATS, name).ignore().hdel(DRAINS, name).ignore().hdel(NUMBERS, name).ignore();
         self.hosts.commands.call(async |mut to| pipe.query_async::<()>(&mut to).await).await?;
         let mut state = self.lock();
         let News { nodes, noticeable, .. } = state.heartbeats.forget(name);

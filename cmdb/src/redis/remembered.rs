@@ -26,6 +26,9 @@ pub(super) struct Remembered {
     pub(super) identity: Identity,
     pub(super) apps: Vec<Known>,
     pub(super) nodes: Nodes,
+    /// The number of this process's own host; 0: none.
+    #[serde(default)]
+    pub(super) number: u64,
 }
 
 /// Which Redis this is: its epoch, which is lost with what it holds, and its replication history.
@@ -70,7 +73,7 @@ pub(super) async fn keep(shared: Arc<Shared>, path: PathBuf) {
             if state.version() == written {
                 continue;
             }
-            (state.version(), state.remember())
+            (state.version(), Remembered { number: shared.hosts.number_told(), ..state.remember() })
         };
         let file = LastKnownGood::new(&path);
         let began = Instant::now();

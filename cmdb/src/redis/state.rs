@@ -105,6 +105,7 @@ impl State {
             identity: self.identity.clone(),
             apps: self.known.values().filter_map(known).collect(),
             nodes: self.nodes(),
+            number: 0,
         }
     }
 

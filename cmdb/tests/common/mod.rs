@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test uses its own part")]
 
 pub(crate) mod redis;
+pub(crate) mod servers;
 
 use std::{collections::BTreeMap, time::Duration};
 

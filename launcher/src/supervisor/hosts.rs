@@ -148,7 +148,7 @@ impl Supervisor {
         for generation in self.generations() {
             let Some(running) = self.running.get(&generation) else { continue };
             let known = record.instances.get(&generation);
-            if record.is_fenced(&self.host.node, generation) {
+            if !record.may_be_of(&self.host.node, generation) {
                 self.end_fenced(generation);
             } else if known.is_some_and(|known| known.state == State::Draining) && !running.is_ending() {
                 self.drain(generation, "stopped by way of another host").await;
