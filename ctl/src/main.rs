@@ -1,6 +1,7 @@
 //! `fastcontainer`: the operator's command.
 #![forbid(unsafe_code)]
 
+mod ca;
 mod check;
 mod cli;
 mod control;
@@ -51,6 +52,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Check(options) => check::run(&options, &mut out)?,
         Command::Ps(options) => ps::run(global, options, &mut out).await?,
         Command::Events(options) => events::run(global, &options, &mut out).await?,
+        Command::Ca(command) => ca::run(&command, &mut out)?,
         Command::Nodes => nodes::nodes(global, &mut out).await?,
         Command::Drain(options) => nodes::drain(global, &options, &mut out).await?,
         Command::Uncordon(options) => nodes::uncordon(global, &options, &mut out).await?,
