@@ -15,8 +15,8 @@ use cmdb::{
 };
 use launcher_client::{GovernorMode, paths::DEFAULT_STATE};
 
-pub(crate) use among::{Among, Drain, Forget, Role, Uncordon, node_name};
-use among::{DRAIN, FORGET, NODES, UNCORDON};
+pub(crate) use among::{Among, Ca, CaInit, CaIssue, Drain, Forget, Role, Uncordon, node_name};
+use among::{CA, DRAIN, FORGET, NODES, UNCORDON};
 
 const ABOUT: &str = "\
 FastContainer: web apps in containers that the first request wakes, in milliseconds.
@@ -87,6 +87,9 @@ pub(crate) enum Command {
     /// Let a host take apps again
     #[command(after_help = UNCORDON)]
     Uncordon(Uncordon),
+    /// Make the certificates by which the hosts of a cluster know each other
+    #[command(subcommand, after_help = CA)]
+    Ca(Ca),
     /// Show what happened, and follow what happens
     #[command(after_help = EVENTS)]
     Events(Events),

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod apply;
+mod ca;
 mod check;
 mod cli;
 mod control;
@@ -55,6 +56,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Check(options) => check::run(&options, &mut out)?,
         Command::Ps(options) => ps::run(global, options, &mut out).await?,
         Command::Events(options) => events::run(global, &options, &mut out).await?,
+        Command::Ca(command) => ca::run(&command, &mut out)?,
         Command::Nodes => nodes::nodes(global, &mut out).await?,
         Command::Drain(options) => nodes::drain(global, &options, &mut out).await?,
         Command::Forget(options) => nodes::forget(global, &options, &mut out).await?,

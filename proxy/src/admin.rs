@@ -23,7 +23,7 @@ use tokio::{
 };
 use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 
-use crate::{metrics, telemetry, tenant::House, upstream::Fitness};
+use crate::{house::House, metrics, telemetry, upstream::Fitness};
 
 /// The admin socket and the access log as a Pingora background service.
 #[derive(Debug)]

@@ -18,9 +18,9 @@ use launcher_client::{
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::{
+    house::House,
     link::{Line, tell},
     telemetry::micros,
-    tenant::House,
 };
 
 /// How often the ledger hears of what has changed.

@@ -1,10 +1,10 @@
 //! What the proxy can be told.
 
-use std::{net::IpAddr, str::FromStr, time::Duration};
+use std::{net::IpAddr, str::FromStr, sync::Arc, time::Duration};
 
 use launcher_client::paths::StateDir;
 
-use crate::seal::ClusterKey;
+use crate::{seal::ClusterKey, tls::ClusterTls};
 
 /// Settings of the phases. The defaults run as they are.
 #[derive(Clone, Debug)]
@@ -46,6 +46,8 @@ pub struct Cluster {
     pub cmdb: Option<String>,
     /// What proxies know each other by.
     pub key: Option<ClusterKey>,
+    /// In its place, or besides, certificates.
+    pub tls: Option<Arc<ClusterTls>>,
 }
 
 /// The format of the access log, `STATE/proxy/access.log`.

@@ -18,11 +18,12 @@ use pingora::{
 use tokio::time::timeout;
 
 use crate::{
+    house::House,
     link::Command,
     pages::Fault,
     phases::{Ctx, resolve},
     seal,
-    tenant::{AppRuntime, House},
+    tenant::AppRuntime,
     wake::{Verdict, own_name},
 };
 
@@ -70,7 +71,8 @@ impl Kind {
 /// What is wrong with the request.
 pub async fn receive(house: &House, session: &mut Session, ctx: &mut Ctx) -> Result<bool, Fault> {
     let request = session.req_header();
-    check(house, request).inspect_err(|fault| complain(session, fault))?;
+    let by_tls = session.digest().is_some_and(|digest| digest.ssl_digest.is_some());
+    check(house, request, by_tls).inspect_err(|fault| complain(session, fault))?;
     let said = |name: &HeaderName| request.headers.get(name).and_then(|value| value.to_str().ok());
     let app: AppName =
         said(&seal::APP).and_then(|app| app.parse().ok()).ok_or(Fault::Forged("it names no app"))?;
@@ -102,17 +104,23 @@ fn complain(session: &Session, fault: &Fault) {
     }
 }
 
-/// Whether it comes from a proxy of the cluster and is meant for this host.
-fn check(house: &House, request: &RequestHeader) -> Result<(), Fault> {
+/// Whether it comes from a proxy of the cluster and is meant for this host. `by_tls`: it came over a connection that only who has a
+/// certificate of the cluster can make.
+fn check(house: &House, request: &RequestHeader, by_tls: bool) -> Result<(), Fault> {
     let cluster = house.config.cluster.as_ref().ok_or(Fault::Forged("this host belongs to no cluster"))?;
-    let key = cluster.key.as_ref().ok_or(Fault::Forged("this host has no key"))?;
-    key.check(request.method.as_str(), request.raw_path(), &request.headers).map_err(|fault| {
-        Fault::Forged(match fault {
-            seal::SealFault::Missing => "it has no seal",
-            seal::SealFault::Time => "its seal is from another time",
-            seal::SealFault::Wrong => "its seal is wrong",
-        })
-    })?;
+    match &cluster.key {
+        Some(key) => {
+            key.check(request.method.as_str(), request.raw_path(), &request.headers).map_err(|fault| {
+                Fault::Forged(match fault {
+                    seal::SealFault::Missing => "it has no seal",
+                    seal::SealFault::Time => "its seal is from another time",
+                    seal::SealFault::Wrong => "its seal is wrong",
+                })
+            })?;
+        }
+        None if by_tls && cluster.tls.is_some() => {}
+        None => return Err(Fault::Forged("this host has no key")),
+    }
     let node = request.headers.get(seal::NODE).map(HeaderValue::as_bytes);
     if node.is_none() || node != cluster.node.as_deref().map(str::as_bytes) {
         return Err(Fault::Misdirected(None));

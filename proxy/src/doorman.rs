@@ -4,6 +4,7 @@
 use std::{
     cell::Cell,
     future::{Future, poll_fn},
+    net::SocketAddr,
     pin::pin,
     sync::Arc,
     task::Poll,
@@ -12,7 +13,7 @@ use std::{
 
 use async_trait::async_trait;
 use pingora::{
-    apps::{HttpServerApp, HttpServerOptions, ReusedHttpStream},
+    apps::{HttpServerApp, HttpServerOptions, ReusedHttpStream, ServerApp},
     protocols::http::{ServerSession, v2::server::H2Options},
     proxy::{HttpProxy, http_proxy},
     server::{ShutdownWatch, configuration::ServerConf},
@@ -20,7 +21,7 @@ use pingora::{
     time::fast_timeout::fast_sleep,
 };
 
-use crate::{FastContainer, proxy_protocol::Porter};
+use crate::{Config, FastContainer, proxy_protocol::Porter};
 
 tokio::task_local! {
     /// Whether the header of the request that this task serves has come.
@@ -46,6 +47,22 @@ pub fn service(
     app.server_options = options;
     let doorman = Doorman { app: Arc::new(app), patience };
     Service::new("proxy".to_owned(), Porter::new(doorman, balancers, patience))
+}
+
+/// Has a dispatcher's service listen at `address`: by TLS where the cluster has certificates.
+///
+/// # Errors
+/// None in practice.
+pub fn listen<A: ServerApp + Send + Sync + 'static>(
+    service: &mut Service<A>,
+    config: &Config,
+    address: SocketAddr,
+) -> pingora::Result<()> {
+    match config.cluster.as_ref().and_then(|cluster| cluster.tls.as_ref()) {
+        Some(tls) => service.add_tls_with_settings(&address.to_string(), None, tls.settings()?),
+        None => service.add_tcp(&address.to_string()),
+    }
+    Ok(())
 }
 
 /// The header of the request that this task serves has come.

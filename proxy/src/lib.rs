@@ -26,6 +26,8 @@ pub mod dispatch;
 pub mod doorman;
 pub mod guests;
 pub mod hold;
+pub mod house;
+pub mod lease;
 pub mod link;
 pub mod measure;
 mod memory;
@@ -40,6 +42,7 @@ pub mod seal;
 pub mod stock;
 pub mod telemetry;
 pub mod tenant;
+pub mod tls;
 pub mod upstream;
 pub mod waiting;
 pub mod wake;
@@ -49,10 +52,10 @@ pub use phases::Ctx;
 
 use crate::{
     admin::Office,
+    house::House,
     link::Link,
     pages::Fault,
     phases::{admit, forward, log, measure as measuring, pick, resolve},
-    tenant::House,
 };
 
 /// The proxy's behaviour; cheap to clone.

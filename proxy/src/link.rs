@@ -30,10 +30,11 @@ use tokio::{
 use crate::{
     bill,
     config::Cluster,
+    house::House,
     memory,
     pages::Fault,
     stock::Stock,
-    tenant::{AppRuntime, House},
+    tenant::AppRuntime,
     upstream::Upstream,
     wake::{self, Verdict, Waker},
 };

@@ -18,9 +18,10 @@ use fastcontainer_proxy::{
     admin::MetricsPage,
     config::{AccessLog, Cluster, Network},
     doorman,
+    house::House,
     seal::ClusterKey,
     telemetry,
-    tenant::House,
+    tls::ClusterTls,
 };
 use launcher_client::paths::{DEFAULT_STATE, GROUP_ID, PROXY_UID, StateDir};
 use nix::{
@@ -86,11 +87,14 @@ struct Options {
     #[arg(long, value_name = "URL", env = "FASTCONTAINER_CMDB", hide_env_values = true)]
     cmdb: Option<String>,
     /// Where to take requests for this host's instances from the proxies of other hosts
-    #[arg(long, value_name = "ADDRESS", requires = "node", requires = "cluster_key")]
+    #[arg(long, value_name = "ADDRESS", requires = "node")]
     dispatch: Option<SocketAddr>,
     /// File with the secret that the proxies of all hosts share, 32 bytes or more
     #[arg(long, value_name = "FILE")]
     cluster_key: Option<PathBuf>,
+    /// Folder with ca.pem, node.pem and node.key (`fastcontainer ca`): mutual TLS between the proxies of all hosts
+    #[arg(long, value_name = "DIR")]
+    cluster_tls: Option<PathBuf>,
     /// Format of STATE/proxy/access.log
     #[arg(long, value_enum, default_value_t = AccessLog::Json)]
     access_log: AccessLog,
@@ -134,26 +138,30 @@ fn run(options: Options) -> anyhow::Result<()> {
         ..Config::new(state)
     };
     let ports = Ports { listen: options.listen, metrics: options.metrics, dispatch: options.dispatch };
-    serve(config, &ports, options.threads);
-    Ok(())
+    serve(config, &ports, options.threads)
 }
 
 /// What this proxy is among several hosts. Read as root, for nobody else is to read the key.
 fn cluster(options: &Options) -> anyhow::Result<Option<Cluster>> {
     let key = options.cluster_key.as_deref().map(ClusterKey::read).transpose()?;
-    if options.node.is_none() && options.cmdb.is_none() {
-        return Ok(None);
-    }
-    if options.node.is_none() {
-        let address = options.cmdb.as_deref().unwrap_or_default();
-        cmdb::redis::check(address).context("--cmdb")?;
-        if key.is_none() {
+    let node = options.node.as_deref();
+    let tls = options.cluster_tls.as_deref().map(|folder| ClusterTls::read(folder, node)).transpose()?;
+    let unknown = key.is_none() && tls.is_none();
+    match (node, &options.cmdb) {
+        (None, None) => return Ok(None),
+        (None, Some(_)) if unknown => bail!(
+            "an edge without a launcher serves by way of other hosts only, which believe nobody without the --cluster-key (or --cluster-tls)"
+        ),
+        (None, Some(address)) => cmdb::redis::check(address).context("--cmdb")?,
+        (Some(_), _) if unknown && options.dispatch.is_some() => {
             bail!(
-                "an edge without a launcher serves by way of other hosts only, which believe nobody without the --cluster-key"
-            );
+                "--dispatch needs the --cluster-key (or --cluster-tls) by which it knows other hosts' proxies"
+            )
         }
+        (Some(_), _) => {}
     }
-    Ok(Some(Cluster { node: options.node.clone(), cmdb: options.cmdb.clone(), key }))
+    let node = options.node.clone();
+    Ok(Some(Cluster { node, cmdb: options.cmdb.clone(), key, tls: tls.map(Arc::new) }))
 }
 
 fn node_name(text: &str) -> Result<String, String> {
@@ -181,7 +189,7 @@ fn metrics_address(text: &str) -> Result<SocketAddr, String> {
     }
 }
 
-fn serve(config: Config, ports: &Ports, threads: Option<usize>) {
+fn serve(config: Config, ports: &Ports, threads: Option<usize>) -> anyhow::Result<()> {
     let threads = threads.or_else(|| std::thread::available_parallelism().ok().map(Into::into)).unwrap_or(1);
     let conf = FastContainer::server_conf(&config, threads);
     let mut server = Server::new_with_opt_and_conf(None, conf);
@@ -191,7 +199,7 @@ fn serve(config: Config, ports: &Ports, threads: Option<usize>) {
     let house = Arc::clone(proxy.house());
     if let Some(address) = ports.dispatch {
         let mut service = doorman::service(&server.configuration, proxy.dispatcher(), None);
-        service.add_tcp(&address.to_string());
+        doorman::listen(&mut service, &house.config, address)?;
         server.add_service(service);
     }
     let mut service = doorman::service(&server.configuration, proxy, None);
@@ -210,6 +218,7 @@ fn serve(config: Config, ports: &Ports, threads: Option<usize>) {
     let signals = Signals { house: Arc::clone(&house) };
     server.run(RunArgs { shutdown_signal: Box::new(signals) });
     finish(&house);
+    Ok(())
 }
 
 /// Pingora's signals; after SIGTERM it would sleep the whole grace period even when nothing is left to wait for.

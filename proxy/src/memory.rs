@@ -9,7 +9,7 @@ use std::{
 use cmdb::{AppRecord, Change, cache::LastKnownGood};
 use tokio::time::sleep;
 
-use crate::tenant::House;
+use crate::house::House;
 
 /// The file is written at most this often.
 const WRITE_EVERY: Duration = Duration::from_secs(5);

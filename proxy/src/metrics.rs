@@ -18,9 +18,10 @@ use prometheus_client::{
 };
 
 use crate::{
+    house::House,
     pages::Fault,
     telemetry::{micros, millis},
-    tenant::{AppRuntime, House},
+    tenant::AppRuntime,
 };
 
 /// Most apps that have a label of their own; those that come later are counted together, as `_other` (no app can be called that).

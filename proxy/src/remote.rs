@@ -20,12 +20,11 @@ use tokio::{
 use crate::{
     config::Config,
     dispatch::{ELSEWHERE, INSTANCE, Kind, REFUSED},
+    house::House,
     nodes::Remote,
     phases::Ctx,
     quirks::YieldBeforeRead,
-    seal,
-    tenant::House,
-    upstream,
+    seal, tls, upstream,
 };
 
 /// How long to wait for a connection to another host.
@@ -57,8 +56,9 @@ impl Way {
 /// The way to the dispatcher of host `node` at `address`.
 #[must_use]
 pub fn way(address: SocketAddr, node: &str, config: &Config) -> Way {
+    let tls = config.cluster.as_ref().and_then(|cluster| cluster.tls.as_ref());
     let peer = |upgrade| {
-        let mut peer = HttpPeer::new(address, false, node.to_owned());
+        let mut peer = HttpPeer::new(address, tls.is_some(), tls::name_of(node));
         peer.group_key = upstream::next_group_key();
         peer.options.custom_l4 = Some(Arc::new(Dialler { address, upgrade }));
         peer.options.connection_timeout = Some(CONNECT_TIMEOUT);
@@ -67,6 +67,9 @@ pub fn way(address: SocketAddr, node: &str, config: &Config) -> Way {
         peer.options.write_timeout = Some(config.write_timeout);
         peer.options.idle_timeout = Some(if upgrade { Duration::ZERO } else { IDLE_TIMEOUT });
         peer.options.http_upstream_request_policy = HttpUpstreamRequestPolicy::standard();
+        if let Some(tls) = tls {
+            tls.prepare(&mut peer);
+        }
         peer
     };
     Way { address, peer: peer(false), upgrade_peer: peer(true) }
@@ -101,14 +104,15 @@ pub(crate) fn close(house: &House, request: &mut RequestHeader) -> pingora::Resu
     let Some(cluster) = &house.config.cluster else {
         return Err(Error::explain(ErrorType::InternalError, "this proxy belongs to no cluster"));
     };
-    let Some(key) = &cluster.key else {
+    if let Some(key) = &cluster.key {
+        let seal = key.seal(request.method.as_str(), request.raw_path(), &request.headers);
+        request.insert_header(seal::SEAL, seal)?;
+    } else if cluster.tls.is_none() {
         return Err(Error::explain(
             ErrorType::InternalError,
-            "no other host believes this proxy: it has no --cluster-key",
+            "no other host believes this proxy: it has neither --cluster-key nor --cluster-tls",
         ));
-    };
-    let seal = key.seal(request.method.as_str(), request.raw_path(), &request.headers);
-    request.insert_header(seal::SEAL, seal)?;
+    }
     Ok(())
 }
 

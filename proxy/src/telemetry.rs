@@ -29,8 +29,9 @@ use tokio::{
 
 use crate::{
     config::AccessLog,
+    house::House,
     measure::{Part, Stopwatch},
-    tenant::{AppRuntime, House},
+    tenant::AppRuntime,
 };
 
 /// Records that may wait for the writer.

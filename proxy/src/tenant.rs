@@ -1,10 +1,9 @@
 //! One app at run time: what its operator asked for, its ready instances, its waiting room, and whether it is being woken.
 
 use std::{
-    cell::RefCell,
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst},
     },
     time::{Duration, Instant},
@@ -15,63 +14,24 @@ use cmdb::{
     App, AppName, AppRecord, Generation, State,
     app::Pick,
     cache::{CmCache, Tenant},
-    compute::Nodes,
 };
-use crossbeam_queue::SegQueue;
 use launcher_client::{Woken, wire::WakeTiming};
-use tokio::sync::mpsc;
 
 use crate::{
     balance,
-    bill::{Bill, Bills},
+    bill::Bill,
     config::Config,
     guests::Guests,
-    hold::{Seats, WaitingRoom},
+    hold::WaitingRoom,
+    house::House,
+    lease::Lease,
     link::Command,
-    measure,
-    metrics::{AppCounts, Metrics},
-    nodes::Hosts,
+    metrics::AppCounts,
     pages::Fault,
-    telemetry::{Telemetry, micros, millis},
+    telemetry::{micros, millis},
     upstream::{Fitness, Upstream},
     waiting::Progress,
-    wake::Errands,
 };
-
-/// What all apps of one proxy share.
-#[derive(Debug)]
-pub struct House {
-    /// The settings.
-    pub config: Config,
-    /// Host name → app.
-    pub cache: CmCache<AppTenant>,
-    /// Who waits, in all apps together.
-    pub seats: Arc<Seats<Answer>>,
-    /// Instances with activity that the reporter does not know yet.
-    pub active: SegQueue<Arc<Upstream>>,
-    /// Figures for Prometheus.
-    pub metrics: Metrics,
-    /// Access log and recent requests.
-    pub telemetry: Telemetry,
-    /// When the windows' clock began.
-    pub begun: Instant,
-    /// Whether the launcher can be reached.
-    pub linked: AtomicBool,
-    /// Whether the launcher has confirmed the routing state since the connection to it was made.
-    pub synced: AtomicBool,
-    /// Whether the routing state is known (from the launcher, or the last known good).
-    pub informed: AtomicBool,
-    /// Whether the proxy is about to end: nobody may begin to wait.
-    pub stopping: AtomicBool,
-    /// What each app's visitors did.
-    pub bills: Bills,
-    /// The hosts.
-    pub hosts: Hosts,
-    /// Wakes that other hosts have asked for.
-    pub errands: Errands,
-    commands: mpsc::UnboundedSender<Command>,
-    tenants: Mutex<HashMap<AppName, Weak<AppRuntime>>>,
-}
 
 /// What a waiting request is answered with.
 #[derive(Debug)]
@@ -82,16 +42,6 @@ pub enum Answer {
     Refused(Fault),
     /// There are more urgent ones: the proxy holds as many as it may, and this app more of them than another that came.
     Shed,
-}
-
-/// A place on an instance for one request; dropping it gives the place to the next.
-#[derive(Debug)]
-pub struct Lease {
-    /// The instance.
-    pub upstream: Arc<Upstream>,
-    app: Arc<AppRuntime>,
-    /// Whether it counts among the held requests that are on their way.
-    opening: AtomicBool,
 }
 
 /// The cache's handle on an app.
@@ -139,82 +89,6 @@ struct Known {
     upstreams: BTreeMap<Generation, (Arc<Upstream>, Instant)>,
 }
 
-thread_local! {
-    /// In which house the cache makes tenants; the cache's `Tenant::new` has no room for it.
-    static HOUSE: RefCell<Option<Arc<House>>> = const { RefCell::new(None) };
-}
-
-impl House {
-    /// A house without apps, and where its commands to the launcher come out.
-    #[must_use]
-    pub fn new(config: Config, cache: CmCache<AppTenant>) -> (Arc<Self>, mpsc::UnboundedReceiver<Command>) {
-        let (commands, receiver) = mpsc::unbounded_channel();
-        let begun = Instant::now();
-        let house = Self {
-            hosts: Hosts::new(&config, begun),
-            errands: Errands::default(),
-            seats: Seats::new(config.hold_limit),
-            cache,
-            active: SegQueue::new(),
-            metrics: Metrics::default(),
-            telemetry: Telemetry::new(config.access_log),
-            begun,
-            linked: AtomicBool::new(false),
-            synced: AtomicBool::new(false),
-            informed: AtomicBool::new(false),
-            stopping: AtomicBool::new(false),
-            bills: Bills::default(),
-            commands,
-            tenants: Mutex::new(HashMap::new()),
-            config,
-        };
-        (Arc::new(house), receiver)
-    }
-
-    /// Runs `change`, which may have the cache make tenants, so that they belong to this house.
-    pub fn admit<R>(self: &Arc<Self>, change: impl FnOnce(&CmCache<AppTenant>) -> R) -> R {
-        let before = HOUSE.replace(Some(Arc::clone(self)));
-        let result = change(&self.cache);
-        HOUSE.set(before);
-        result
-    }
-
-    /// All apps.
-    #[must_use]
-    pub fn apps(&self) -> Vec<Arc<AppRuntime>> {
-        self.tenants().values().filter_map(Weak::upgrade).collect()
-    }
-
-    /// The app of that name.
-    #[must_use]
-    pub fn app(&self, name: &AppName) -> Option<Arc<AppRuntime>> {
-        self.tenants().get(name).and_then(Weak::upgrade)
-    }
-
-    /// The tick of the windows' clock at `now`.
-    #[must_use]
-    pub fn tick(&self, now: Instant) -> u64 {
-        measure::tick(now.duration_since(self.begun))
-    }
-
-    /// The hosts are these from now on.
-    pub fn learn_hosts(&self, nodes: Nodes) {
-        self.hosts.learn(nodes);
-        // Whoever waits for an instance of one that has died waits for another from now on.
-        self.apps().iter().filter(|app| app.is_waited_for()).for_each(AppRuntime::knock);
-    }
-
-    /// Sends the launcher something, by way of the link.
-    pub fn command(&self, command: Command) {
-        // The link outlives all requests; when it is gone, so is the proxy.
-        let _ = self.commands.send(command);
-    }
-
-    fn tenants(&self) -> MutexGuard<'_, HashMap<AppName, Weak<AppRuntime>>> {
-        self.tenants.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 impl AppTenant {
     /// The app.
     #[must_use]
@@ -225,7 +99,7 @@ impl AppTenant {
 
 impl Tenant for AppTenant {
     fn new(app: Arc<App>, record: Arc<AppRecord>) -> Self {
-        let house = HOUSE.with_borrow(Clone::clone).unwrap_or_else(|| {
+        let house = House::admitting().unwrap_or_else(|| {
             // Only a caller that goes round `House::admit`, such as a test of the cache: nobody listens there.
             House::new(Config::new(launcher_client::paths::StateDir::new("")), CmCache::new()).0
         });
@@ -545,6 +419,11 @@ impl AppRuntime {
         self.slow_us.load(Relaxed) != u64::MAX
     }
 
+    /// `scale.response-time` in µs; `u64::MAX`: not judged.
+    pub(crate) fn slow_us(&self) -> u64 {
+        self.slow_us.load(Relaxed)
+    }
+
     /// The house it belongs to.
     #[must_use]
     pub fn house(&self) -> &Arc<House> {
@@ -685,39 +564,5 @@ impl AppRuntime {
 
     fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Lease {
-    /// The first byte came after `us` µs. When it shows that the instance has become too slow, the launcher hears of it now.
-    pub fn first_byte(&self, tick: u64, us: u64) {
-        self.upstream.first_byte(tick, us);
-        let slow_us = self.app.slow_us.load(Relaxed);
-        if us > slow_us && self.upstream.is_here() && self.upstream.breaches(tick, slow_us) {
-            self.app.counts.breach();
-            self.app.house.command(Command::Breach(Arc::clone(&self.upstream)));
-        }
-    }
-
-    /// The instance has answered (or is known not to): the next held request may follow.
-    pub fn opened(&self) {
-        if self.opening.load(Relaxed) && self.opening.swap(false, SeqCst) {
-            self.upstream.opened();
-            if self.app.is_waited_for() {
-                self.app.serve();
-            }
-        }
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        if *self.opening.get_mut() {
-            self.upstream.opened();
-        }
-        self.upstream.leave();
-        if self.app.is_waited_for() {
-            self.app.serve();
-        }
     }
 }

@@ -22,11 +22,12 @@ use tokio::{
 
 use crate::{
     dispatch::{ERRAND_PATIENCE, Kind, REFUSED, WAKE_PATH},
+    house::House,
     link::{Backoff, Line, connection},
     nodes::Remote,
     pages::Fault,
     remote, seal,
-    tenant::{AppRuntime, House},
+    tenant::AppRuntime,
 };
 
 /// Sockets that come along with a wake: one for each who waits, within these bounds.

@@ -11,7 +11,10 @@ mod common;
 use std::time::Duration;
 
 use common::*;
-use fastcontainer_proxy::seal::{self, ClusterKey};
+use fastcontainer_proxy::{
+    seal::{self, ClusterKey},
+    tls::{self, ClusterTls},
+};
 use http::HeaderMap;
 use launcher_client::wire::{Refusal, RefusalCode, Request};
 use tokio::{
@@ -34,13 +37,24 @@ struct Host {
 
 impl Cluster {
     async fn start(web: &Web) -> Self {
+        Self::start_knowing(web, |_| (ClusterKey::new(KEY), None)).await
+    }
+
+    /// `credentials`: of each host's proxy; of the edge for `None`.
+    async fn start_knowing(
+        web: &Web,
+        credentials: impl Fn(Option<&str>) -> (Option<ClusterKey>, Option<ClusterTls>),
+    ) -> Self {
         let edge_launcher = FakeLauncher::start_on("nowhere");
         edge_launcher.put(app("blog"), web.port);
         let mut hosts = Vec::new();
         for name in ["b", "c"] {
             let launcher = FakeLauncher::start_on(name);
             launcher.put(app("blog"), web.port);
-            let proxy = Proxy::start_in_cluster(&launcher, Some(name)).await;
+            let proxy = {
+                let (key, tls) = credentials(Some(name));
+                Proxy::start_knowing(&launcher, Some(name), key, tls).await
+            };
             hosts.push(Host { name, launcher, proxy });
         }
         for host in &hosts {
@@ -52,7 +66,8 @@ impl Cluster {
             others.push(&edge_launcher);
             host.launcher.share_with(&others);
         }
-        let edge = Proxy::start_in_cluster(&edge_launcher, None).await;
+        let (key, tls) = credentials(None);
+        let edge = Proxy::start_knowing(&edge_launcher, None, key, tls).await;
         let cluster = Self { edge, edge_launcher, hosts };
         cluster.tell_alive(&[true, true]);
         eventually(|| cluster.edge.house.hosts.list().len() == 2).await;
@@ -217,6 +232,12 @@ async fn ten_megabytes_wait_at_the_edge_for_a_cold_app_on_another_host_and_arriv
 
 #[tokio::test(flavor = "multi_thread")]
 async fn websockets_pass_both_proxies() {
+    let (web, port) = (Web::saying("unused").await, echo().await);
+    tunnel_through(&Cluster::start(&web).await, port).await;
+}
+
+/// Grants every upgrade and sends back what it gets.
+async fn echo() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     tokio::spawn(async move {
@@ -234,8 +255,10 @@ async fn websockets_pass_both_proxies() {
             });
         }
     });
-    let web = Web::saying("unused").await;
-    let cluster = Cluster::start(&web).await;
+    port
+}
+
+async fn tunnel_through(cluster: &Cluster, port: u16) {
     for host in &cluster.hosts {
         host.launcher.script("blog", |script| script.port = port);
     }
@@ -325,4 +348,89 @@ async fn who_has_no_room_is_passed_over_and_a_refusal_of_all_is_told() {
     eventually(|| cluster.edge.house.apps()[0].upstreams().is_empty()).await;
     let response = get(cluster.edge.address, "blog.test", "/").await;
     assert_eq!((response.status, response.header("retry-after")), (503, Some("3")));
+}
+
+/// An authority of the test's own, and certificates of it.
+struct Authority(rcgen::Issuer<'static, rcgen::KeyPair>, String);
+
+impl Authority {
+    fn new() -> Self {
+        let mut params = rcgen::CertificateParams::default();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let key = rcgen::KeyPair::generate().unwrap();
+        let pem = params.self_signed(&key).unwrap().pem();
+        Self(rcgen::Issuer::new(params, key), pem)
+    }
+
+    fn issue(&self, node: &str) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let key = rcgen::KeyPair::generate().unwrap();
+        let params = rcgen::CertificateParams::new(vec![tls::name_of(node)]).unwrap();
+        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        write(tls::CERTIFICATE, &params.signed_by(&key, &self.0).unwrap().pem());
+        write(tls::KEY, &key.serialize_pem());
+        write(tls::CA, &self.1);
+        folder
+    }
+
+    fn tls(&self, node: Option<&str>) -> ClusterTls {
+        ClusterTls::read(self.issue(node.unwrap_or("edge")).path(), node).unwrap()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_certificates_hosts_need_no_key() {
+    let web = Web::saying("hello").await;
+    let authority = Authority::new();
+    let cluster = Cluster::start_knowing(&web, |node| (None, Some(authority.tls(node)))).await;
+    for _ in 0..3 {
+        let response = get(cluster.edge.address, "blog.test", "/").await;
+        assert_eq!((response.status, response.body.as_str()), (200, "hello"));
+    }
+    assert_eq!(cluster.wakes().iter().sum::<usize>(), 1);
+
+    let port = echo().await;
+    for host in &cluster.hosts {
+        host.launcher.change("blog", |record| record.instances.clear());
+    }
+    cluster.edge_launcher.change("blog", |record| record.instances.clear());
+    tunnel_through(&cluster, port).await;
+    // Whoever has no certificate does not get so far as to speak.
+    let plain = b"GET / HTTP/1.1\r\nHost: blog.test\r\nConnection: close\r\n\r\n";
+    assert_eq!(raw(cluster.hosts[0].proxy.dispatch, plain).await.status, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_of_another_authority_or_under_another_ones_name_gets_no_requests() {
+    let web = Web::saying("hello").await;
+    let (authority, other) = (Authority::new(), Authority::new());
+    // "b" is an impostor; "c" is what it says.
+    let credentials = |node: Option<&str>| {
+        let tls = if node == Some("b") { other.tls(node) } else { authority.tls(node) };
+        (None, Some(tls))
+    };
+    let cluster = Cluster::start_knowing(&web, credentials).await;
+    assert_eq!(get(cluster.edge.address, "blog.test", "/").await.status, 200);
+    assert_eq!(cluster.wakes(), [0, 1]);
+
+    let of_another = authority.issue("c");
+    let error = ClusterTls::read(of_another.path(), Some("b")).unwrap_err().to_string();
+    assert!(error.contains("ca issue"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_says_nothing_is_passed_over() {
+    let web = Web::saying("hello").await;
+    let cluster = Cluster::start(&web).await;
+    // Connections to it are made, and that is all.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let host = &cluster.hosts[1];
+    let mut best = host.proxy.as_node("best", true);
+    best.compute.dispatch = silent.local_addr().unwrap().to_string();
+    best.load.free_memory = 1 << 40;
+    cluster.edge_launcher.set_nodes(&[best, host.proxy.as_node(host.name, true)]);
+    eventually(|| cluster.edge.house.hosts.list().iter().any(|node| node.name() == "best")).await;
+    assert_eq!(get(cluster.edge.address, "blog.test", "/").await.status, 200);
+    assert_eq!(cluster.wakes(), [0, 1]);
+    assert!(cluster.edge.house.hosts.remote("best").is_suspect());
 }

@@ -104,6 +104,8 @@ impl Edge {
     async fn start(folder: &Path, redis: &str) -> Self {
         let (address, key) = (free_address(), key(folder));
         let state = StateDir::new(folder.join("edge"));
+        // Of one that was killed.
+        let _ = fs::remove_file(state.proxy_socket());
         let process = Running::start(
             Command::new(env!("CARGO_BIN_EXE_fastcontainer-proxy"))
                 .args(["--listen", &address.to_string(), "--threads", "2", "--die-with-parent"])
@@ -146,6 +148,26 @@ async fn an_edge_alone_wakes_and_serves_what_other_hosts_run() {
     }
     assert_eq!(host.launcher.wakes("blog"), 1);
     assert_eq!(get(edge.address, "unknown.test", "/").await.status, 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_edge_that_starts_while_redis_is_gone_serves_what_it_knew() {
+    let (folder, web) = (folder(), Web::saying("hello").await);
+    let redis = Redis::start(folder.path()).await;
+    let _host = Host::start(&redis, &web).await;
+    let edge = Edge::start(folder.path(), &redis.url).await;
+    assert_eq!(get(edge.address, "blog.test", "/").await.status, 200);
+    let known = StateDir::new(folder.path().join("edge")).proxy();
+    eventually(|| {
+        let mut files = fs::read_dir(&known).unwrap().flatten();
+        files.any(|file| file.file_name().to_string_lossy().contains("cmdb"))
+    })
+    .await;
+    let url = redis.url.clone();
+    drop((edge, redis));
+
+    let edge = Edge::start(folder.path(), &url).await;
+    assert_eq!(get(edge.address, "blog.test", "/").await.body, "hello");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use clap::Args;
+use clap::{Args, Subcommand};
 use launcher_client::home::EMBEDDED;
 
 /// This host among others.
@@ -22,6 +22,9 @@ pub(crate) struct Among {
     /// head -c 32 /dev/urandom > FILE
     #[arg(long, value_name = "FILE")]
     pub(crate) cluster_key: Option<PathBuf>,
+    /// Folder with this host's certificate (see `fastcontainer ca`): mutual TLS between hosts, in place of the key or besides
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cluster_tls: Option<PathBuf>,
     /// What else others are to know of this host, such as zone=a; may be given several times
     #[arg(long, value_name = "NAME=VALUE")]
     pub(crate) label: Vec<String>,
@@ -95,4 +98,46 @@ pub(crate) struct Uncordon {
     /// Which host
     #[arg(value_parser = node_name)]
     pub(crate) node: String,
+}
+
+pub(super) const CA: &str = "\
+The authority's key stays in the folder of `init`, which belongs on no host. Each host gets one folder of `issue`, owned by
+root, as `up --cluster-tls`; an edge gets one, too. To renew a certificate issue it again and start the host's proxy anew.
+
+Examples:
+  fastcontainer ca init --dir cluster-ca
+  fastcontainer ca issue web1 --dir cluster-ca --out web1-tls      then copy web1-tls to web1:/etc/fastcontainer/tls";
+
+/// `ca …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum Ca {
+    /// Make an authority: a key and a certificate that every host gets
+    Init(CaInit),
+    /// Make the certificate of one host
+    Issue(CaIssue),
+}
+
+/// `ca init`
+#[derive(Args, Debug)]
+pub(crate) struct CaInit {
+    /// Where the authority is kept
+    #[arg(long, value_name = "DIR", default_value = "cluster-ca")]
+    pub(crate) dir: PathBuf,
+}
+
+/// `ca issue`
+#[derive(Args, Debug)]
+pub(crate) struct CaIssue {
+    /// The host's name, as in its `--node`
+    #[arg(value_parser = node_name)]
+    pub(crate) node: String,
+    /// Where the authority is kept
+    #[arg(long, value_name = "DIR", default_value = "cluster-ca")]
+    pub(crate) dir: PathBuf,
+    /// Folder to write the host's three files to
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// For how many days it is good
+    #[arg(long, default_value_t = 730, value_parser = clap::value_parser!(u32).range(1..=3_650))]
+    pub(crate) days: u32,
 }

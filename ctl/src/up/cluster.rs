@@ -23,6 +23,7 @@ const KEY_MIN: u64 = 32;
 pub(crate) struct Cluster {
     home: Home,
     key: Option<PathBuf>,
+    tls: Option<PathBuf>,
     node: Option<String>,
 }
 
@@ -53,10 +54,10 @@ impl Cluster {
             return fault("an edge runs no apps and has no --dispatch".to_owned());
         }
         let needs_key = several && (options.dispatch.is_some() || options.role == Role::Edge);
-        if needs_key && options.cluster_key.is_none() {
+        if needs_key && options.cluster_key.is_none() && options.cluster_tls.is_none() {
             return fault(
                 "--cluster-key FILE is missing: by it hosts know each other; make one with: \
-                 head -c 32 /dev/urandom > FILE; chmod 600 FILE"
+                 head -c 32 /dev/urandom > FILE; chmod 600 FILE (or give --cluster-tls DIR, see `fastcontainer ca`)"
                     .to_owned(),
             );
         }
@@ -65,7 +66,8 @@ impl Cluster {
             (None, true) => Some(own_name()?),
             (None, false) => None,
         };
-        Ok(Self { home, key: options.cluster_key.as_deref().map(key).transpose()?, node })
+        let tls = options.cluster_tls.as_deref().map(folder).transpose()?;
+        Ok(Self { home, key: options.cluster_key.as_deref().map(key).transpose()?, tls, node })
     }
 
     /// Whether there may be other hosts.
@@ -113,6 +115,9 @@ impl Cluster {
         if let Some(key) = &self.key {
             args.extend(["--cluster-key".into(), key.into()]);
         }
+        if let Some(tls) = &self.tls {
+            args.extend(["--cluster-tls".into(), tls.into()]);
+        }
     }
 
     fn name(&self, args: &mut Vec<OsString>) {
@@ -129,6 +134,11 @@ fn own_name() -> Result<String, Failure> {
             "the host name \"{name}\" cannot be this host's name: {why}; choose one with --node"
         ))
     })
+}
+
+fn folder(path: &Path) -> Result<PathBuf, Failure> {
+    fs::canonicalize(path)
+        .map_err(|error| Failure::failed(format!("--cluster-tls {}: {error}", path.display())))
 }
 
 /// A key that others could read, or that is too short to be one, is refused. The proxy reads it while it is still root.

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::Ctx;
-use crate::{pages::Fault, tenant::House};
+use crate::{house::House, pages::Fault};
 
 /// Says why not, if not.
 ///

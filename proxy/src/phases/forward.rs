@@ -12,11 +12,11 @@ use pingora::{
 use super::Ctx;
 use crate::{
     dispatch::{self, INSTANCE},
+    house::House,
     measure::Part,
     pages::Fault,
     remote,
     telemetry::micros,
-    tenant::House,
 };
 
 // As text, for of a `HeaderName` Pingora makes a copy to keep its case.

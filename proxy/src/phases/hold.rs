@@ -11,9 +11,10 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::Ctx;
 use crate::{
     hold::Full,
+    lease::Lease,
     measure::Part,
     pages::{self, Fault},
-    tenant::{Answer, AppRuntime, Lease},
+    tenant::{Answer, AppRuntime},
 };
 
 /// How often a client whose body must not be touched is looked at.

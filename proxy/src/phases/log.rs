@@ -6,11 +6,11 @@ use pingora::{Error, proxy::Session};
 
 use super::Ctx;
 use crate::{
+    house::House,
     measure::Part,
     metrics::Outcome,
     pages::Fault,
     telemetry::{Record, Said},
-    tenant::House,
 };
 
 /// Takes the request down. The place on the instance is given back.

@@ -3,7 +3,7 @@
 use pingora::{http::ResponseHeader, proxy::Session};
 
 use super::Ctx;
-use crate::{measure::Part, telemetry::micros, tenant::House};
+use crate::{house::House, measure::Part, telemetry::micros};
 
 /// The connection stands, the request is about to be sent.
 pub fn connected(session: &mut Session, ctx: &mut Ctx) {

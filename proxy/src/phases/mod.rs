@@ -7,11 +7,7 @@ use std::{net::IpAddr, sync::Arc};
 use pingora::{protocols::l4::socket::SocketAddr, proxy::Session};
 
 use crate::{
-    dispatch::Hop,
-    measure::Stopwatch,
-    pages::Fault,
-    telemetry::RequestId,
-    tenant::{AppRuntime, Lease},
+    dispatch::Hop, lease::Lease, measure::Stopwatch, pages::Fault, telemetry::RequestId, tenant::AppRuntime,
 };
 
 pub mod admit;

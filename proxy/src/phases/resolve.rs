@@ -8,11 +8,7 @@ use http::{HeaderName, Method, Version, header};
 use pingora::{http::RequestHeader, proxy::Session};
 
 use super::{Ctx, client_ip};
-use crate::{
-    pages::Fault,
-    telemetry::RequestId,
-    tenant::{AppRuntime, House},
-};
+use crate::{house::House, pages::Fault, telemetry::RequestId, tenant::AppRuntime};
 
 /// Asks for `Server-Timing` and the instance in the response.
 pub const TIMING: HeaderName = HeaderName::from_static("x-fastcontainer-timing");

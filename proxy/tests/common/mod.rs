@@ -16,7 +16,9 @@ use cmdb::{
     compute::{Compute, Node, Nodes},
     units::Bytes,
 };
-use fastcontainer_proxy::{Config, FastContainer, config::Cluster, doorman, seal::ClusterKey, tenant::House};
+use fastcontainer_proxy::{
+    Config, FastContainer, config::Cluster, doorman, house::House, seal::ClusterKey, tls::ClusterTls,
+};
 use launcher_client::{
     packet,
     paths::StateDir,
@@ -410,8 +412,9 @@ impl Proxy {
             options.h2c = h2c;
             let mut service = doorman::service(&server.configuration, proxy, Some(options));
             service.add_tcp(&address.to_string());
+            let config = dispatcher.house().config.clone();
             let mut dispatcher = doorman::service(&server.configuration, dispatcher, None);
-            dispatcher.add_tcp(&dispatch.to_string());
+            doorman::listen(&mut dispatcher, &config, dispatch).unwrap();
             server.add_service(dispatcher);
             server.add_service(attendants.link);
             server.add_service(attendants.office);
@@ -425,7 +428,17 @@ impl Proxy {
 
     /// As one of several hosts' proxies; `node`: the host that it is on, with a launcher and a dispatcher.
     pub async fn start_in_cluster(launcher: &FakeLauncher, node: Option<&str>) -> Self {
-        let cluster = Cluster { node: node.map(str::to_owned), cmdb: None, key: ClusterKey::new(KEY) };
+        Self::start_knowing(launcher, node, ClusterKey::new(KEY), None).await
+    }
+
+    /// The same with other credentials.
+    pub async fn start_knowing(
+        launcher: &FakeLauncher,
+        node: Option<&str>,
+        key: Option<ClusterKey>,
+        tls: Option<ClusterTls>,
+    ) -> Self {
+        let cluster = Cluster { node: node.map(str::to_owned), cmdb: None, key, tls: tls.map(Arc::new) };
         Self::start_with(launcher, |config| config.cluster = Some(cluster)).await
     }
 
