@@ -195,6 +195,9 @@ pub(crate) struct Up {
     /// User and password for registries: a file as `docker login` writes it (~/.docker/config.json)
     #[arg(long, value_name = "FILE")]
     pub(crate) registry_auth: Option<PathBuf>,
+    /// Certificates (PEM) of authorities that registries' certificates may come from, besides the system's
+    #[arg(long, value_name = "FILE")]
+    pub(crate) registry_ca: Option<PathBuf>,
     /// A registry that is spoken to without TLS (those of the loopback are anyway); may be given several times
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) insecure_registry: Vec<String>,

@@ -85,6 +85,8 @@ pub struct Config {
     pub image_space: u64,
     /// User and password for registries.
     pub registry_auth: Option<PathBuf>,
+    /// Authorities whose certificates registries may have.
+    pub registry_ca: Option<PathBuf>,
     /// Registries that are spoken to without TLS.
     pub insecure_registries: Vec<String>,
 }
@@ -199,6 +201,7 @@ fn image_options(config: &Config) -> image::Options {
     image::Options {
         space: config.image_space,
         registry_auth: config.registry_auth.clone(),
+        registry_ca: config.registry_ca.clone(),
         insecure_registries: config.insecure_registries.clone(),
         ..image::Options::new(config.exe.clone(), config.state.fetch())
     }

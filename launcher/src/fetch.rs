@@ -46,6 +46,9 @@ pub enum Source {
         credentials: Option<(String, String)>,
         /// Whether to speak HTTP without TLS.
         plain_http: bool,
+        /// Authorities whose certificates are believed besides the system's (PEM).
+        #[serde(default)]
+        authorities: String,
     },
     /// A tree of a Git repository.
     Git {
@@ -134,10 +137,10 @@ fn end_with_the_daemon() {
 
 fn fetch(order: &Order) -> Result<String, String> {
     match &order.source {
-        Source::Registry { reference, credentials, plain_http } => {
+        Source::Registry { reference, credentials, plain_http, authorities } => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let runtime = runtime.map_err(|error| error.to_string())?;
-            let fetched = registry::fetch(order, reference, credentials.as_ref(), *plain_http);
+            let fetched = registry::fetch(order, reference, credentials.as_ref(), *plain_http, authorities);
             runtime.block_on(fetched).map_err(|error| error.to_string())
         }
         Source::Git { url, revision, folder, into } => {

@@ -67,6 +67,9 @@ struct Arguments {
     /// User and password for registries: a file as `docker login` writes it.
     #[arg(long, value_name = "FILE")]
     registry_auth: Option<PathBuf>,
+    /// Certificates (PEM) of authorities that registries' certificates may come from, besides the system's.
+    #[arg(long, value_name = "FILE")]
+    registry_ca: Option<PathBuf>,
     /// A registry that is spoken to without TLS.
     #[arg(long, value_name = "HOST:PORT")]
     insecure_registry: Vec<String>,
@@ -271,6 +274,7 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
         exe: std::env::current_exe()?,
         image_space: arguments.image_space.map_or(u64::MAX, |space| space.0),
         registry_auth: arguments.registry_auth,
+        registry_ca: arguments.registry_ca,
         insecure_registries: arguments.insecure_registry,
     };
     let exe = config.exe.clone();

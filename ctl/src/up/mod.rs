@@ -234,6 +234,11 @@ fn launchers_arguments(root: &Path, options: &cli::Up, args: &mut Vec<OsString>)
             .map_err(|error| Failure::failed(format!("--registry-auth {}: {error}", file.display())))?;
         args.extend(["--registry-auth".into(), file.into()]);
     }
+    if let Some(file) = &options.registry_ca {
+        let file = std::fs::canonicalize(file)
+            .map_err(|error| Failure::failed(format!("--registry-ca {}: {error}", file.display())))?;
+        args.extend(["--registry-ca".into(), file.into()]);
+    }
     for registry in &options.insecure_registry {
         args.extend(["--insecure-registry".into(), registry.into()]);
     }

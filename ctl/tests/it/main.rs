@@ -44,6 +44,7 @@ mod starved;
 mod storm;
 
 mod tiers;
+mod token_registry;
 mod usage;
 mod volumes;
 mod wake;

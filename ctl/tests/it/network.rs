@@ -414,3 +414,21 @@ fn an_app_whose_network_cannot_be_says_why() {
         drop(host);
     });
 }
+
+#[test]
+fn a_provisioning_step_reaches_what_its_app_may_reach_and_nothing_else() {
+    in_a_world(|| {
+        let file = |name: &str, outbound: &str| {
+            let step = "[[provision]]\nname = \"connect\"\nrun = [\"/probe\"]\n\
+                        env = { CONNECT_FIRST = \"10.9.0.5:3306\", LISTEN_AFTER_MS = \"0\", EXIT_AFTER_MS = \"1500\", EXIT_CODE = \"0\" }\n";
+            let vhost = Vhost::probe(name).with("network", &format!("outbound = {outbound}"));
+            (format!("{name}.toml"), format!("{}{step}", vhost.text()).into_bytes())
+        };
+        let host = Host::up_with(&[file("open", "[\"db.internal:3306\"]"), file("closed", "\"none\"")]);
+
+        host.wait_for("the one that may", || host.count("open", "image-provisioned") == 1);
+        host.wait_for("the one that may not", || host.count("closed", "image-failed") == 1);
+        assert_eq!(host.count("closed", "image-provisioned"), 0);
+        host.end();
+    });
+}

@@ -3,7 +3,8 @@
 use std::{
     fs,
     os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
+    process::Command,
 };
 
 use serde_json::Value;
@@ -110,6 +111,71 @@ fn a_step_is_done_once_ahead_of_the_first_visit_and_again_when_it_has_changed() 
         fs::remove_file(host.conf.join("shop.toml")).unwrap();
         layers(&host).is_empty()
     });
+    host.end();
+}
+
+/// The probe alone, in an archive, with so many more files beside it; its step writes nothing.
+fn archive(at: &Path, files: &[&str]) {
+    let folder = tempfile::tempdir().unwrap();
+    fs::copy(images().join("probe/probe"), folder.path().join("probe")).unwrap();
+    for name in files {
+        fs::write(folder.path().join(name), name).unwrap();
+    }
+    let new = at.with_extension("new");
+    let made =
+        Command::new("tar").args(["-C", &folder.path().to_string_lossy(), "-cf"]).arg(&new).arg(".").status();
+    assert!(made.unwrap().success());
+    fs::rename(new, at).unwrap();
+}
+
+#[test]
+fn a_changed_image_is_provisioned_anew_while_the_one_before_serves() {
+    let folder = tempfile::tempdir().unwrap();
+    let tar = folder.path().join("site.tar");
+    archive(&tar, &["old"]);
+    let text = format!(
+        "server-name = [\"blog.test\"]\n[container]\nimage = \"tar:{}\"\ncommand = [\"/probe\"]\nport = 8080\n\
+         [[provision]]\nname = \"look\"\nrun = [\"/probe\"]\nenv = {{ EXIT_AFTER_MS = \"10\", EXIT_CODE = \"0\" }}\n",
+        tar.display()
+    );
+    let host = Host::up_with(&[("blog.toml".into(), text.into_bytes())]);
+    assert!(root_of(&host, "blog").contains(&"old".into()));
+    assert_eq!(runs(&host, "blog", "look"), 1);
+
+    archive(&tar, &["new"]);
+    host.ctl_ok(&["stop", "blog"]);
+    // Whichever it is: nobody waits for the step.
+    let root = root_of(&host, "blog");
+    assert!(root.contains(&"old".into()) || root.contains(&"new".into()), "{root:?}");
+    host.wait_for("the new one", || host.count("blog", "image-provisioned") == 2);
+    if root.contains(&"old".into()) {
+        assert_eq!(host.ps("blog")[0]["image_is_old"], true);
+    }
+    host.ctl_ok(&["restart", "blog"]);
+    host.wait_for("the new one to serve", || root_of(&host, "blog").contains(&"new".into()));
+    assert_eq!(runs(&host, "blog", "look"), 2);
+    host.end();
+}
+
+#[test]
+fn a_launcher_that_is_killed_while_a_step_runs_begins_it_anew_and_leaves_nothing() {
+    let slow = step("slow", "echo begun > /made; sleep 2; echo done >> /made");
+    let host = Host::up_with(&[file("blog", &slow)]);
+    host.wait_for("the step to run", || runs(&host, "blog", "slow") == 1);
+    let launcher = host.pid_of("fastcontainer-launcher");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(launcher), nix::sys::signal::Signal::SIGKILL).unwrap();
+
+    host.wait_for("another launcher", || {
+        host.find_pid_of("fastcontainer-launcher").is_some_and(|pid| pid != launcher)
+            && host.ctl(&["ps"]).status.success()
+    });
+    host.wait_for("the image to be provisioned", || host.count("blog", "image-provisioned") == 1);
+    assert!(root_of(&host, "blog").contains(&"made".into()));
+    let made = layers(&host).pop().unwrap().join("tree/made");
+    assert_eq!(fs::read_to_string(made).unwrap(), "begun\ndone\n");
+    let entries = fs::read_dir(host.state.join("launcher/images")).unwrap().flatten();
+    let unfinished = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(".unfinished"));
+    assert_eq!(unfinished.count(), 0);
     host.end();
 }
 

@@ -21,15 +21,15 @@ use crate::{
 };
 
 /// `user:s3cret`, as HTTP has it and as the registry keeps it (bcrypt).
-const SECRET: &str = "dXNlcjpzM2NyZXQ=";
+pub(crate) const SECRET: &str = "dXNlcjpzM2NyZXQ=";
 const HTPASSWD: &str = "user:$2b$04$abcdefghijklmnopqrstuuLZYjhNQAOdpbzt4WxWlUHjv1wsyH5DG\n";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
 /// A registry that runs.
-struct Registry {
+pub(crate) struct Registry {
     child: Option<Child>,
-    port: u16,
-    folder: tempfile::TempDir,
+    pub(crate) port: u16,
+    pub(crate) folder: tempfile::TempDir,
     locked: bool,
 }
 
@@ -69,10 +69,26 @@ impl Registry {
         }
     }
 
-    fn up(locked: bool) -> Registry {
+    pub(crate) fn up(locked: bool) -> Registry {
         let mut registry = Registry::new(locked);
         registry.start();
         registry
+    }
+
+    /// Starts it again with more under `http` and at the end of its configuration.
+    pub(crate) fn restart_with(&mut self, http: &str, more: &str) {
+        self.stop();
+        let path = self.folder.path().join("config.yml");
+        let config = fs::read_to_string(&path).unwrap();
+        fs::write(&path, format!("{config}{http}{more}")).unwrap();
+        self.start();
+    }
+
+    fn stop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 
     fn log(&self) -> String {
@@ -105,7 +121,7 @@ impl Registry {
     }
 
     /// Pushes an image of these layers under a name and tag; its digest.
-    fn push(&self, name: &str, tag: &str, layout: &Layout, layers: &[Blob]) -> String {
+    pub(crate) fn push(&self, name: &str, tag: &str, layout: &Layout, layers: &[Blob]) -> String {
         let manifest = layout.manifest(layers, probe_config());
         let digest = manifest["digest"].as_str().unwrap().to_owned();
         let text = fs::read(layout.path.join("blobs/sha256").join(&digest[7..])).unwrap();
@@ -125,14 +141,11 @@ impl Registry {
 
 impl Drop for Registry {
     fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        self.stop();
     }
 }
 
-fn layout(folder: &Path) -> Layout {
+pub(crate) fn layout(folder: &Path) -> Layout {
     Layout::new(&folder.join("layout"))
 }
 
@@ -140,11 +153,11 @@ fn images(host: &Host) -> Vec<Value> {
     serde_json::from_str(&host.ctl_ok(&["images", "--json"])).unwrap()
 }
 
-fn state(host: &Host, image: &str) -> Value {
+pub(crate) fn state(host: &Host, image: &str) -> Value {
     images(host).into_iter().find(|known| known["image"] == image).unwrap_or_default()
 }
 
-fn greeting(host: &Host, name: &str) -> Value {
+pub(crate) fn greeting(host: &Host, name: &str) -> Value {
     let answer = host.ask(&get(&format!("{name}.test"), "/env")).unwrap().expect_status(200).json();
     answer["GREETING"].clone()
 }

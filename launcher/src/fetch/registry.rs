@@ -8,7 +8,7 @@ use std::str::FromStr as _;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use oci_client::client::{ClientConfig, ClientProtocol};
+use oci_client::client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol};
 use oci_client::errors::{OciDistributionError, OciErrorCode};
 use oci_client::manifest::{
     IMAGE_MANIFEST_LIST_MEDIA_TYPE, IMAGE_MANIFEST_MEDIA_TYPE, OCI_IMAGE_INDEX_MEDIA_TYPE,
@@ -71,6 +71,7 @@ pub(super) async fn fetch(
     reference: &str,
     credentials: Option<&(String, String)>,
     plain_http: bool,
+    authorities: &str,
 ) -> Result<String, PullError> {
     let bad = |why: String| PullError::Reference { reference: reference.to_owned(), why };
     let parsed = Reference::from_str(reference).map_err(|error| bad(error.to_string()))?;
@@ -85,6 +86,7 @@ pub(super) async fn fetch(
         },
         connect_timeout: Some(CONNECT_TIMEOUT),
         read_timeout: Some(READ_TIMEOUT),
+        extra_root_certificates: certificates(authorities),
         user_agent: concat!("fastcontainer/", env!("CARGO_PKG_VERSION")),
         ..ClientConfig::default()
     };
@@ -95,6 +97,13 @@ pub(super) async fn fetch(
         None => RegistryAuth::Anonymous,
     };
     Pull { client, reference: parsed, auth, order }.run().await
+}
+
+/// Each certificate of a PEM text.
+fn certificates(pem: &str) -> Vec<Certificate> {
+    const END: &str = "-----END CERTIFICATE-----";
+    let whole = pem.split_inclusive(END).filter(|part| part.ends_with(END));
+    whole.map(|part| Certificate { encoding: CertificateEncoding::Pem, data: part.into() }).collect()
 }
 
 impl Pull<'_> {

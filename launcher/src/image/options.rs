@@ -21,6 +21,8 @@ pub struct Options {
     pub fetch_as: (u32, u32),
     /// User and password for registries, in the form of `docker login`'s file.
     pub registry_auth: Option<PathBuf>,
+    /// Authorities whose certificates registries may have besides the system's (PEM).
+    pub registry_ca: Option<PathBuf>,
     /// Registries that are spoken to without TLS, as `host:port`; those of the loopback are anyway.
     pub insecure_registries: Vec<String>,
 }
@@ -36,6 +38,7 @@ impl Options {
             fetch_dir,
             fetch_as: (FETCH_UID, GROUP_ID),
             registry_auth: None,
+            registry_ca: None,
             insecure_registries: Vec::new(),
         }
     }

@@ -25,6 +25,8 @@ const SILENCE: Duration = Duration::from_secs(300);
 const MAX_WORD: u64 = 64 << 10;
 /// Largest file of credentials, bytes.
 const MAX_AUTH: u64 = 1 << 20;
+/// Largest file of certificates, bytes; it is part of an order.
+const MAX_AUTHORITIES: u64 = 512 << 10;
 
 /// Why an image cannot be fetched.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +46,14 @@ pub enum FetchError {
         /// The file.
         path: PathBuf,
         /// What is wrong with it; nothing of its content.
+        why: String,
+    },
+    /// The file of certificates cannot be used.
+    #[error("the certificates in {path}: {why}")]
+    Authorities {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
         why: String,
     },
     /// The name of a remote image makes no sense.
@@ -81,7 +91,8 @@ pub(super) fn source(image: &str, options: &Options) -> Result<Source, FetchErro
         let host = if rest.is_empty() || !is_host(host) { "docker.io" } else { host };
         let plain_http = is_loopback(host) || options.insecure_registries.iter().any(|other| other == host);
         let credentials = credentials(host, options)?;
-        return Ok(Source::Registry { reference: reference.to_owned(), credentials, plain_http });
+        let (reference, authorities) = (reference.to_owned(), authorities(options)?);
+        return Ok(Source::Registry { reference, credentials, plain_http, authorities });
     }
     let text = image.strip_prefix("git+").ok_or(FetchError::Name("it is no name of a remote image"))?;
     let (url, fragment) = text.split_once('#').unwrap_or((text, ""));
@@ -147,6 +158,21 @@ fn credentials(host: &str, options: &Options) -> Result<Option<(String, String)>
     match decoded.as_deref().and_then(|text| text.split_once(':')) {
         Some((user, password)) => Ok(Some((user.to_owned(), password.to_owned()))),
         None => Err(wrong(format!("\"auth\" of {host} is not user:password in base64"))),
+    }
+}
+
+/// Read anew each time: certificates are renewed.
+fn authorities(options: &Options) -> Result<String, FetchError> {
+    let Some(path) = &options.registry_ca else { return Ok(String::new()) };
+    let wrong = |why: String| FetchError::Authorities { path: path.clone(), why };
+    let meta = fs::metadata(path).map_err(|error| wrong(error.to_string()))?;
+    if !meta.is_file() || meta.len() > MAX_AUTHORITIES {
+        return Err(wrong("this is no file of certificates".to_owned()));
+    }
+    let text = fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
+    match text.contains("-----BEGIN CERTIFICATE-----") {
+        true => Ok(text),
+        false => Err(wrong("it holds no certificate in PEM".to_owned())),
     }
 }
 

@@ -329,4 +329,38 @@ mod tests {
         assert_eq!(whole.len(), 1);
         assert_eq!(whole[0].figures.cpu_us, 15);
     }
+
+    #[test]
+    fn damage_while_it_is_open_is_told_and_no_panic() {
+        let mut told = 0;
+        for damage in 0..3 {
+            let folder = tempfile::tempdir().unwrap();
+            let (file, mut book) = opened(folder.path());
+            for hour in 0..200 {
+                used(&mut book, 20_000 * DAY_H + hour, hour);
+            }
+            file.commit(&book).unwrap();
+            book.written();
+            let path = folder.path().join("ledger.redb");
+            let length = fs::metadata(&path).unwrap().len();
+            match damage {
+                0 => fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(0).unwrap(),
+                1 => fs::write(&path, vec![0; usize::try_from(length).unwrap()]).unwrap(),
+                _ => fs::write(&path, vec![0xa5; usize::try_from(length).unwrap()]).unwrap(),
+            }
+            for hour in 200..220 {
+                used(&mut book, 20_000 * DAY_H + hour, 1);
+                let results = [
+                    file.commit(&book),
+                    file.fold(20_000 * DAY_H + hour, |_| true),
+                    file.read(0, Span::All, None).map(drop),
+                ];
+                told +=
+                    results.iter().filter(|result| matches!(result, Err(FileError::Unreadable(_)))).count();
+            }
+            drop(file);
+            told += usize::from(matches!(File::open(&path), Err(FileError::Unreadable(_))));
+        }
+        assert!(told > 0);
+    }
 }
