@@ -168,6 +168,7 @@ impl Peer {
             Request::Suspect { app, generation, reason } => {
                 tell(app, Message::Suspect(*generation, reason.chars().take(200).collect()));
             }
+            Request::Unreachable { nodes } => self.host.cannot_reach(nodes.iter().cloned()),
             Request::Report { activity } => {
                 for activity in activity {
                     tell(&activity.app, Message::Report(watcher, activity.clone()));

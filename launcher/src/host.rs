@@ -42,6 +42,11 @@ const ID_RANGE: u32 = 0x1_0000;
 /// Ranges that there are.
 const ID_RANGES: u32 = 0x3fff;
 
+/// What a proxy could not reach is of no interest after this time.
+pub const UNREACHED_FOR: Duration = Duration::from_secs(30);
+/// Most hosts that a proxy may name at a time.
+const UNREACHED_MAX: usize = 1_000;
+
 /// Shared by every task of the daemon.
 #[derive(Debug)]
 pub struct Host {
@@ -93,6 +98,8 @@ pub struct Host {
     pub begun_unix_ms: u64,
     /// When the heartbeat was sent that the CMDB acknowledged last; before the first one, when this daemon began.
     heard: Mutex<Instant>,
+    /// When a proxy could not reach other hosts, last.
+    unreached: Mutex<HashMap<String, Instant>>,
     /// Since when other hosts are thought dead.
     lost_since: Mutex<HashMap<String, Instant>>,
     supervisors: Mutex<HashMap<AppName, mpsc::UnboundedSender<Message>>>,
@@ -156,6 +163,7 @@ impl Host {
             node: parts.node,
             several: parts.several,
             heard: Mutex::new(Instant::now()),
+            unreached: Mutex::default(),
             lost_since: Mutex::default(),
             begun_unix_ms: crate::clock::unix_ms(),
             store: parts.store,
@@ -220,6 +228,18 @@ impl Host {
         let long = |node: &String| time.is_zero() || since.get(node).is_some_and(|at| at.elapsed() >= time);
         lost.retain(|node| *node != self.node && long(node));
         lost
+    }
+
+    /// A proxy could not reach these hosts a moment ago.
+    pub fn cannot_reach(&self, nodes: impl IntoIterator<Item = String>) {
+        let mut unreached = lock(&self.unreached);
+        unreached.retain(|_, at| at.elapsed() < UNREACHED_FOR);
+        unreached.extend(nodes.into_iter().take(UNREACHED_MAX).map(|node| (node, Instant::now())));
+    }
+
+    /// Whether a proxy could not reach that host within so long.
+    pub fn could_not_reach(&self, node: &str, within: Duration) -> bool {
+        lock(&self.unreached).get(node).is_some_and(|at| at.elapsed() < within)
     }
 
     /// These are the hosts that are thought dead now.

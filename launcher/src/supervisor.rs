@@ -285,7 +285,7 @@ impl Supervisor {
                 outcome
                 && let Some(refusal) = self.elsewhere(&record, generation)
             {
-                return drop(reply.send(Err(refusal)));
+                return self.refuse_or_stand_in(refusal, reply).await;
             }
             match outcome {
                 Ok(Outcome::Ready(generation)) => match self.awake(generation).await {

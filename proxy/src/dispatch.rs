@@ -8,7 +8,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use cmdb::{AppName, Generation};
+use cmdb::{AppName, Generation, compute};
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use launcher_client::wire::{Refusal, RefusalCode};
 use pingora::{
@@ -82,6 +82,12 @@ pub async fn receive(house: &House, session: &mut Session, ctx: &mut Ctx) -> Res
     ctx.hop = Some(Hop { generation: Generation(generation) });
     if said(&seal::KIND) == Some(Kind::Wake.as_str()) {
         ctx.errand = true;
+        // Should it be reachable from here, the first answer of it ends that.
+        for node in said(&seal::UNREACHABLE).iter().flat_map(|nodes| nodes.split(',')) {
+            if compute::find(&house.hosts.list(), node).is_some() && !house.hosts.is_own(node) {
+                house.hosts.remote(node).suspect("another host could not reach it");
+            }
+        }
         if let Err(error) = answer_wake(house, session, &app).await {
             tracing::debug!(%error, "whoever asked for a wake did not take the answer");
         }

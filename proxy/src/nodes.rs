@@ -99,6 +99,13 @@ impl Hosts {
         self.list.store(Arc::new(nodes));
     }
 
+    /// Those that could not be reached a moment ago.
+    #[must_use]
+    pub fn suspects(&self) -> Vec<String> {
+        let remotes = self.remotes();
+        remotes.values().filter(|remote| remote.is_suspect()).map(|remote| remote.name.clone()).collect()
+    }
+
     fn remotes(&self) -> MutexGuard<'_, HashMap<String, Arc<Remote>>> {
         self.remotes.lock().unwrap_or_else(PoisonError::into_inner)
     }

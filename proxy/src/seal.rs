@@ -31,17 +31,20 @@ pub const GENERATION: HeaderName = HeaderName::from_static("x-fastcontainer-gene
 pub const CLIENT: HeaderName = HeaderName::from_static("x-fastcontainer-client");
 /// `http` or `https`: how the client came.
 pub const SCHEME: HeaderName = HeaderName::from_static("x-fastcontainer-scheme");
+/// Of a wake: hosts that the asker could not reach a moment ago, between commas.
+pub const UNREACHABLE: HeaderName = HeaderName::from_static("x-fastcontainer-unreachable");
 /// The time and the code.
 pub const SEAL: HeaderName = HeaderName::from_static("x-fastcontainer-seal");
 
 /// All that the other side believes because of the seal.
-const SEALED: [HeaderName; 13] = [
+const SEALED: [HeaderName; 14] = [
     NODE,
     KIND,
     APP,
     GENERATION,
     CLIENT,
     SCHEME,
+    UNREACHABLE,
     HeaderName::from_static("x-request-id"),
     header::HOST,
     header::FORWARDED,

@@ -11,7 +11,7 @@ use cmdb::{AppName, Generation, placement};
 use http::StatusCode;
 use launcher_client::{
     ClientError,
-    wire::{Refusal, RefusalCode, WakeTiming},
+    wire::{Refusal, RefusalCode, Request, WakeTiming},
 };
 use pingora::{connectors::http::Connector, http::RequestHeader};
 use serde::{Deserialize, Serialize};
@@ -254,6 +254,10 @@ async fn here(app: &Arc<AppRuntime>, line: &mut Line, patiently: bool) -> Answer
         return Answer::Silent;
     }
     let Some(client) = connection(line).await else { return Answer::Again };
+    let nodes = app.house().hosts.suspects();
+    if !nodes.is_empty() && client.tell(Request::Unreachable { nodes }).await.is_err() {
+        return Answer::Silent;
+    }
     match client.wake(&app.name, sockets_for(app)).await {
         Ok(woken) => {
             if app.woken(woken) {
@@ -334,6 +338,10 @@ fn request(app: &AppRuntime, remote: &Remote) -> pingora::Result<RequestHeader> 
     request.insert_header(seal::NODE, remote.name.as_str())?;
     request.insert_header(seal::KIND, Kind::Wake.as_str())?;
     request.insert_header(seal::APP, app.name.as_str())?;
+    let suspects = app.house().hosts.suspects();
+    if !suspects.is_empty() {
+        request.insert_header(seal::UNREACHABLE, suspects.join(","))?;
+    }
     remote::close(app.house(), &mut request)?;
     Ok(request)
 }

@@ -264,6 +264,36 @@ fn a_busy_host_is_emptied_and_no_visitor_notices() {
 }
 
 #[test]
+fn a_host_that_loses_its_power_costs_no_visitor_an_error() {
+    let apps = ["blog", "shop"].map(Vhost::probe);
+    let mut cluster = Cluster::up(3, &apps.each_ref());
+    apps.iter().for_each(|app| drop(cluster.host("b").ctl_ok(&["wake", app.name()])));
+    let until = Arc::new(AtomicBool::new(false));
+    let visitors = ["a", "c", "a", "c"].map(|name| visit(cluster.host(name), &apps, &until));
+    let a = cluster.host("a");
+    a.wait_for("visits", || cluster.host("b").ps("blog")[0]["requests"].as_u64() > Some(20));
+
+    cluster.lose_power("b");
+    let a = cluster.host("a");
+    a.wait_for("the apps to run elsewhere, and the host to be known as lost", || {
+        let elsewhere = |app: &Vhost| ready_on(a, app.name()).iter().any(|node| node != "b");
+        apps.iter().all(elsewhere) && a.events_of_host("node-lost") == 1
+    });
+    cluster.power_up("b");
+    let (a, b) = (cluster.host("a"), cluster.host("b"));
+    a.wait_for("it to be back", || a.events_of_host("node-back") == 1);
+    a.wait_for("nothing of its life before to be left", || {
+        apps.iter().all(|app| ready_on(a, app.name()).len() == 1)
+    });
+    until.store(true, SeqCst);
+    let visits = visitors.map(|visitor| visitor.join().expect("no visit fails"));
+
+    assert!(visits.iter().all(|visits| *visits > 10), "{visits:?}");
+    assert!(apps.iter().all(|app| b.states(app.name()).iter().all(|state| state == "ready")));
+    cluster.end();
+}
+
+#[test]
 fn instances_on_two_hosts_see_one_file() {
     let (_pool, (datapool, _)) = shared_volume("");
     let content = std::path::Path::new(&datapool).join("blog");

@@ -91,6 +91,11 @@ pub enum Request {
         /// The error in words.
         reason: String,
     },
+    /// Proxy: these hosts could not be reached a moment ago. A wake that finds an app on one of them is of no use. No reply.
+    Unreachable {
+        /// Their names.
+        nodes: Vec<String>,
+    },
     /// Everybody: all apps and records, then changes. → stream of [`Reply::Put`], [`Reply::Removed`], [`Reply::Synced`].
     Watch {
         /// A proxy that serves traffic: its `Quiesced` is waited for.

@@ -69,6 +69,7 @@ impl Peer {
             | Request::Report { .. }
             | Request::Quiesced { .. }
             | Request::Suspect { .. }
+            | Request::Unreachable { .. }
             | Request::Note { .. } => return,
         };
         // A peer that has gone needs no answer.

@@ -78,6 +78,7 @@ impl Role {
                     | Request::Traffic { .. }
                     | Request::Quiesced { .. }
                     | Request::Suspect { .. }
+                    | Request::Unreachable { .. }
                     | Request::WakeTiming { .. }
                     | Request::Nodes
             ),

@@ -6,9 +6,13 @@ use std::{cmp::Reverse, sync::Arc, time::Duration};
 use cmdb::{AppRecord, Generation, Instance, Outcome, State, Transition, compute, placement};
 use launcher_client::wire::{Refusal, RefusalCode};
 
-use super::{Stage, Supervisor, running::Running};
-use crate::instance::name;
+use tokio::sync::oneshot;
 
+use super::{Awake, Stage, Supervisor, running::Running};
+use crate::{host::UNREACHED_FOR, instance::name};
+
+/// An asker's word that a host cannot be reached holds for so long.
+const UNREACHED: Duration = Duration::from_secs(5);
 /// What others have given up ends within a second: time from SIGTERM to SIGKILL.
 const FENCED_GRACE: Duration = Duration::from_millis(500);
 
@@ -28,6 +32,26 @@ impl Supervisor {
         let doing = if state == State::Starting { "starts" } else { "runs" };
         let message = format!("{} {doing} on {node}", self.app.name);
         Refusal { elsewhere: Some(node.to_owned()), ..Refusal::new(RefusalCode::Elsewhere, message) }
+    }
+
+    /// Who has asked cannot reach the host that has the app: then it is started here, too, beside what runs there, though that
+    /// is one too many; nobody is given up for it. Not so with a volume that only one may have.
+    pub(super) async fn refuse_or_stand_in(
+        &mut self,
+        refusal: Refusal,
+        reply: oneshot::Sender<Result<Awake, Refusal>>,
+    ) {
+        let there = refusal.elsewhere.clone().unwrap_or_default();
+        if self.is_exclusive() || !self.host.could_not_reach(&there, UNREACHED) {
+            return drop(reply.send(Err(refusal)));
+        }
+        let starts = self.running.values().any(|running| matches!(running.stage, Stage::Starting));
+        let why = format!("{there}, which has it, cannot be reached");
+        let here = self.host.node.clone();
+        if starts || matches!(self.begin_on(here, true, &why).await, Ok(Outcome::Own(_))) {
+            return self.wakers.push(reply);
+        }
+        drop(reply.send(Err(refusal)));
     }
 
     /// The app's instances on other hosts that are alive.
@@ -238,6 +262,8 @@ impl Supervisor {
         let others = self.others(&record).into_iter();
         // Whether one that starts elsewhere is a replacement is that host's to know.
         let others = others.filter(|i| matches!(i.state, State::Ready | State::Frozen) && !drains(&i.node));
+        // What stands in for those that cannot be reached is not one too many.
+        let others = others.filter(|i| !self.host.could_not_reach(&i.node, UNREACHED_FOR));
         all.extend(others.map(|instance| (true, Reverse(instance.generation), false)));
         let most = usize::try_from(self.app.scale.max).unwrap_or(usize::MAX);
         let surplus = all.len().saturating_sub(most);
