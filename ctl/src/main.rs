@@ -55,7 +55,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Check(options) => check::run(&options, &mut out)?,
         Command::Ps(options) => ps::run(global, options, &mut out).await?,
         Command::Events(options) => events::run(global, &options, &mut out).await?,
-        Command::Nodes => nodes::nodes(global, &mut out).await?,
+        Command::Nodes(options) => nodes::nodes(global, &options.remote, &mut out).await?,
         Command::Drain(options) => nodes::drain(global, &options, &mut out).await?,
         Command::Forget(options) => nodes::forget(global, &options, &mut out).await?,
         Command::Uncordon(options) => nodes::uncordon(global, &options, &mut out).await?,
