@@ -10,6 +10,7 @@ pub const NAME_MAX: usize = 63;
 /// What a host says of itself when it joins.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Compute {
     /// Its name, unique among all: see [`is_name`].
     pub name: String,
@@ -28,6 +29,7 @@ pub struct Compute {
 /// What it has left; told with each heartbeat. All zero when nobody knows: while the CMDB cannot be reached.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Load {
     /// CPU that nobody uses, thousandths of a core.
     pub free_cpu: u32,
@@ -39,6 +41,7 @@ pub struct Load {
 
 /// A host as this process knows it now.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Node {
     /// What it said when it joined.
     pub compute: Compute,

@@ -77,7 +77,7 @@ pub(crate) enum Command {
     Ps(Ps),
     /// Show the hosts, what they have left, and whether they are there
     #[command(after_help = NODES)]
-    Nodes,
+    Nodes(api::Plain),
     /// Empty a host: its apps move to other hosts, and nothing new is placed there
     #[command(after_help = DRAIN)]
     Drain(Drain),

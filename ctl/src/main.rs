@@ -57,7 +57,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Ps(options) => ps::run(global, options, &mut out).await?,
         Command::Events(options) => events::run(global, &options, &mut out).await?,
         Command::Ca(command) => ca::run(&command, &mut out)?,
-        Command::Nodes => nodes::nodes(global, &mut out).await?,
+        Command::Nodes(options) => nodes::nodes(global, &options.remote, &mut out).await?,
         Command::Drain(options) => nodes::drain(global, &options, &mut out).await?,
         Command::Forget(options) => nodes::forget(global, &options, &mut out).await?,
         Command::Uncordon(options) => nodes::uncordon(global, &options, &mut out).await?,

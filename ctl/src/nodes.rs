@@ -3,20 +3,16 @@
 use std::time::{Duration, Instant};
 
 use cmdb::{
-    compute::{Node, Nodes, find},
+    compute::{Node, find},
     units::{Bytes, Millicores},
-};
-use launcher_client::{
-    Client,
-    wire::{Reply, Request},
 };
 
 use crate::{
-    cli::{self, Global},
+    cli::{self, Global, api::Remote},
     failure::Failure,
-    launcher,
     output::{Output, Style},
     table::{self, Align},
+    target::Target,
     text,
 };
 
@@ -26,9 +22,8 @@ const LOOK: Duration = Duration::from_millis(200);
 const CERTAIN: Duration = Duration::from_millis(1_200);
 
 /// `nodes`
-pub(crate) async fn nodes(global: &Global, out: &mut Output) -> Result<(), Failure> {
-    let client = launcher::connect(global).await?;
-    let nodes = ask(&client).await?;
+pub(crate) async fn nodes(global: &Global, remote: &Remote, out: &mut Output) -> Result<(), Failure> {
+    let nodes = Target::reach(global, remote).await?.nodes().await?;
     if out.is_json() {
         return out.json(&nodes);
     }
@@ -53,8 +48,8 @@ pub(crate) async fn nodes(global: &Global, out: &mut Output) -> Result<(), Failu
 
 /// `drain`
 pub(crate) async fn drain(global: &Global, options: &cli::Drain, out: &mut Output) -> Result<(), Failure> {
-    let client = launcher::connect(global).await?;
-    set(&client, &options.node, true).await?;
+    let target = Target::reach(global, &options.remote).await?;
+    target.drain(&options.node, true).await?;
     if !options.wait {
         return done(
             &options.node,
@@ -65,12 +60,12 @@ pub(crate) async fn drain(global: &Global, options: &cli::Drain, out: &mut Outpu
     }
     let mut empty_since = None;
     loop {
-        let nodes = ask(&client).await?;
+        let nodes = target.nodes().await?;
         match find(&nodes, &options.node) {
             Some(node) if !node.draining => {
                 return Err(Failure::failed(format!("{} is not to be emptied any more", options.node)));
             }
-            Some(node) if node.alive && (node.load.instances > 0 || runs(&client, node.name()).await?) => {
+            Some(node) if node.alive && (node.load.instances > 0 || runs(&target, node.name()).await?) => {
                 empty_since = None;
             }
             // What a host tells of itself is up to a heartbeat old.
@@ -88,32 +83,20 @@ pub(crate) async fn uncordon(
     options: &cli::Uncordon,
     out: &mut Output,
 ) -> Result<(), Failure> {
-    let client = launcher::connect(global).await?;
-    set(&client, &options.node, false).await?;
+    let target = Target::reach(global, &options.remote).await?;
+    target.drain(&options.node, false).await?;
     done(&options.node, "ready", "takes apps again", out)
 }
 
 /// `forget`
 pub(crate) async fn forget(global: &Global, options: &cli::Forget, out: &mut Output) -> Result<(), Failure> {
-    let client = launcher::connect(global).await?;
-    client.done(Request::Forget { node: options.node.clone() }).await?;
+    Target::reach(global, &options.remote).await?.forget(&options.node).await?;
     done(&options.node, "forgotten", "is forgotten", out)
 }
 
-async fn set(client: &Client, node: &str, draining: bool) -> Result<(), Failure> {
-    Ok(client.done(Request::Drain { node: node.to_owned(), draining }).await?)
-}
-
 /// Whether the CMDB has instances of that host.
-async fn runs(client: &Client, node: &str) -> Result<bool, Failure> {
-    Ok(launcher::statuses(client, None).await?.iter().any(|status| status.node == node))
-}
-
-async fn ask(client: &Client) -> Result<Nodes, Failure> {
-    match launcher::ask(client, Request::Nodes).await? {
-        Reply::Nodes { nodes } => Ok(nodes),
-        other => Err(Failure::failed(format!("the launcher gave an unexpected answer: {other:?}"))),
-    }
+async fn runs(target: &Target, node: &str) -> Result<bool, Failure> {
+    Ok(target.statuses(None).await?.iter().any(|status| status.node == node))
 }
 
 fn done(node: &str, state: &str, words: &str, out: &mut Output) -> Result<(), Failure> {

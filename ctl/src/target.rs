@@ -1,6 +1,6 @@
 //! Whom a command speaks with: the launcher of this host, or the API of any.
 
-use cmdb::{AppName, Generation};
+use cmdb::{AppName, Generation, compute::Nodes};
 use launcher_client::{
     Client,
     wire::{Event, Reply, Request, Status, WakeTiming},
@@ -78,6 +78,41 @@ impl Target {
                 Ok(Woken { generation: woken.generation, port: woken.port, timing: woken.timing })
             }
             Self::Api(api) => api.json(Method::POST, &format!("/v1/apps/{app}/wake"), &[], None).await,
+        }
+    }
+
+    /// The hosts.
+    pub(crate) async fn nodes(&self) -> Result<Nodes, Failure> {
+        match self {
+            Self::Launcher(client) => match launcher::ask(client, Request::Nodes).await? {
+                Reply::Nodes { nodes } => Ok(nodes),
+                other => Err(Failure::failed(format!("the launcher gave an unexpected answer: {other:?}"))),
+            },
+            Self::Api(api) => api.json(Method::GET, "/v1/hosts", &[], None).await,
+        }
+    }
+
+    /// Has a host emptied, or not any more.
+    pub(crate) async fn drain(&self, node: &str, draining: bool) -> Result<(), Failure> {
+        match self {
+            Self::Launcher(client) => {
+                Ok(client.done(Request::Drain { node: node.to_owned(), draining }).await?)
+            }
+            Self::Api(api) => {
+                let path = format!("/v1/hosts/{node}/{}", if draining { "drain" } else { "uncordon" });
+                api.json(Method::POST, &path, &[], None).await.map(|_: serde_json::Value| ())
+            }
+        }
+    }
+
+    /// Has a host that is gone for good forgotten.
+    pub(crate) async fn forget(&self, node: &str) -> Result<(), Failure> {
+        match self {
+            Self::Launcher(client) => Ok(client.done(Request::Forget { node: node.to_owned() }).await?),
+            Self::Api(api) => {
+                let path = format!("/v1/hosts/{node}");
+                api.json(Method::DELETE, &path, &[], None).await.map(|_: serde_json::Value| ())
+            }
         }
     }
 

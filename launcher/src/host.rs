@@ -276,6 +276,11 @@ impl Host {
         lock(&self.supervisors).values().cloned().collect()
     }
 
+    /// Whether nothing is to begin any more.
+    pub fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::SeqCst)
+    }
+
     /// No supervisor begins from now on.
     pub fn end(&self) {
         let _order = lock(&self.supervisors);

@@ -7,6 +7,7 @@ mod audit;
 mod events;
 mod extract;
 mod gate;
+mod hosts;
 mod idempotency;
 mod instances;
 mod plan;
@@ -195,7 +196,10 @@ fn router(api: &Arc<Api>) -> Router {
         .routes(routes!(instances::logs))
         .routes(routes!(reports::images))
         .routes(routes!(reports::usage))
-        .routes(routes!(reports::hosts))
+        .routes(routes!(hosts::list))
+        .routes(routes!(hosts::drain))
+        .routes(routes!(hosts::uncordon))
+        .routes(routes!(hosts::forget))
         .routes(routes!(events::list))
         .routes(routes!(events::stream))
         .split_for_parts();

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use cmdb::{App, AppName, Change, compute::Nodes};
+use cmdb::{App, AppName, Change};
 use launcher_client::{Client, ClientError, paths::StateDir};
 use tokio::{sync::watch, time::sleep};
 
@@ -30,7 +30,6 @@ pub(crate) struct Connected {
 #[derive(Debug, Default)]
 struct Known {
     apps: BTreeMap<AppName, Arc<App>>,
-    nodes: Nodes,
 }
 
 impl Link {
@@ -71,11 +70,6 @@ impl Connected {
     /// Every app, by name.
     pub(crate) fn apps(&self) -> BTreeMap<AppName, Arc<App>> {
         self.lock().apps.clone()
-    }
-
-    /// Every host; empty where there is only one.
-    pub(crate) fn nodes(&self) -> Nodes {
-        Arc::clone(&self.lock().nodes)
     }
 
     /// Puts an app in place; who asks next sees it, though the watch may not have told of it yet.
@@ -126,7 +120,7 @@ async fn follow_one(state: &StateDir, sender: &watch::Sender<Option<Connected>>)
         match change {
             Change::Put { app, .. } => drop(connected.lock().apps.insert(app.name.clone(), app)),
             Change::Removed(name) => drop(connected.lock().apps.remove(&name)),
-            Change::Nodes(nodes) => connected.lock().nodes = nodes,
+            Change::Nodes(_) => {}
             Change::Synced => drop(sender.send_replace(Some(connected.clone()))),
         }
     }

@@ -225,6 +225,7 @@ timeout = "5m"
 source = "blog/a"
 target = "/a"
 read-only = true
+exclusive = true
 quota = "1536MiB"
 [[volume]]
 source = "b"

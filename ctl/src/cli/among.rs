@@ -71,6 +71,8 @@ pub(crate) struct Drain {
     /// Wait until it is empty
     #[arg(long)]
     pub(crate) wait: bool,
+    #[command(flatten)]
+    pub(crate) remote: super::api::Remote,
 }
 
 pub(super) const FORGET: &str = "\
@@ -86,6 +88,8 @@ pub(crate) struct Forget {
     /// Which host
     #[arg(value_parser = node_name)]
     pub(crate) node: String,
+    #[command(flatten)]
+    pub(crate) remote: super::api::Remote,
 }
 
 pub(super) const UNCORDON: &str = "\
@@ -98,6 +102,8 @@ pub(crate) struct Uncordon {
     /// Which host
     #[arg(value_parser = node_name)]
     pub(crate) node: String,
+    #[command(flatten)]
+    pub(crate) remote: super::api::Remote,
 }
 
 pub(super) const CA: &str = "\

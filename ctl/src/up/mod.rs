@@ -106,6 +106,9 @@ pub(crate) async fn run(global: &Global, options: &cli::Up, out: &mut Output) ->
 /// The folder of vhost files that this host brings. With many hosts it does so only when it is told to: a folder that
 /// happens to be there must not take everybody's apps away.
 fn configuration(options: &cli::Up, cluster: &Cluster) -> Result<Option<PathBuf>, Failure> {
+    if options.among.role == cli::Role::Edge && options.serve.api.is_some() {
+        return Err(Failure::usage("an edge has no API: give --api to a host that runs apps"));
+    }
     let folder = match &options.conf {
         Some(folder) if options.among.role == cli::Role::Edge => {
             let message = format!(

@@ -11,7 +11,7 @@ use std::{
     },
 };
 
-use cmdb::{App, AppName, Change, Generation, Origin};
+use cmdb::{App, AppName, Change, Generation};
 use tokio::sync::mpsc;
 use tokio_seqpacket::UnixSeqpacket;
 
@@ -169,14 +169,6 @@ impl Client {
     /// configure.
     pub async fn put_app(&self, app: App) -> Result<(), ClientError> {
         self.done(Request::PutApp { app: Box::new(app), take_over: false }).await
-    }
-
-    /// Removes an app of this origin and has its instances drained.
-    ///
-    /// # Errors
-    /// Refused for an app of another origin, or for a peer that may not configure.
-    pub async fn remove_app(&self, app: &AppName, origin: Origin) -> Result<(), ClientError> {
-        self.done(Request::RemoveApp { app: app.clone(), origin: Some(origin) }).await
     }
 
     /// Asks something whose answer is [`Reply::Done`].

@@ -67,6 +67,7 @@ impl Role {
                     | Request::Usage { .. }
                     | Request::Images
                     | Request::Drain { .. }
+                    | Request::Forget { .. }
             ),
             Self::Proxy => matches!(
                 request,

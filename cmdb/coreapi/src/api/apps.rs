@@ -14,7 +14,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::{
     Api, Vhost,
-    extract::{Admin, Asked, Body, Json, Named, Reader},
+    extract::{Admin, AppPath, Asked, Body, Json, Named, Reader},
     plan::{Change, Outcome, merge},
     problem::{FieldError, Problem},
     tokens::Role,
@@ -84,7 +84,7 @@ pub(crate) async fn list(_: Reader, State(api): State<Arc<Api>>) -> Result<Json<
 }
 
 /// One app.
-#[utoipa::path(get, path = "/v1/apps/{app}", tag = "apps", params(("app" = String, Path)), responses((status = 200, body = AppView)))]
+#[utoipa::path(get, path = "/v1/apps/{app}", tag = "apps", params(AppPath), responses((status = 200, body = AppView)))]
 pub(crate) async fn get(
     Reader(caller): Reader,
     State(api): State<Arc<Api>>,
@@ -147,7 +147,7 @@ pub(crate) async fn create(
 
 /// The app is so from now on, new or not. Role: admin.
 #[utoipa::path(
-    put, path = "/v1/apps/{app}", tag = "apps", params(("app" = String, Path), How), request_body = Vhost,
+    put, path = "/v1/apps/{app}", tag = "apps", params(AppPath, How), request_body = Vhost,
     responses((status = 200, body = Outcome, description = "replaced, the same already, or dry-run"), (status = 201, body = Outcome, description = "made"))
 )]
 pub(crate) async fn replace(
@@ -166,7 +166,7 @@ pub(crate) async fn replace(
 /// Some keys of the app are so from now on: a JSON merge patch (RFC 7396) of its vhost, in which null takes a key out.
 /// Role: admin.
 #[utoipa::path(
-    patch, path = "/v1/apps/{app}", tag = "apps", params(("app" = String, Path), How),
+    patch, path = "/v1/apps/{app}", tag = "apps", params(AppPath, How),
     request_body(content = super::VhostPatch, content_type = "application/merge-patch+json"),
     responses((status = 200, body = Outcome))
 )]
@@ -188,7 +188,7 @@ pub(crate) async fn patch(
 
 /// The app goes, and its instances end. Role: admin.
 #[utoipa::path(
-    delete, path = "/v1/apps/{app}", tag = "apps", params(("app" = String, Path), How),
+    delete, path = "/v1/apps/{app}", tag = "apps", params(AppPath, How),
     responses((status = 200, body = Outcome))
 )]
 pub(crate) async fn remove(

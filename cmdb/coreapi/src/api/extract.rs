@@ -8,6 +8,7 @@ use axum::{
 };
 use cmdb::AppName;
 use serde::{Serialize, de::DeserializeOwned};
+use utoipa::IntoParams;
 
 use super::{
     gate::Caller,
@@ -23,6 +24,19 @@ pub(crate) struct Body<T>(pub(crate) T);
 
 /// The query.
 pub(crate) struct Asked<T>(pub(crate) T);
+
+/// How the path names an app, for the description.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Path)]
+#[allow(dead_code, reason = "it only describes")]
+pub(crate) struct AppPath {
+    /// The app's name.
+    #[param(pattern = "^[a-z0-9][a-z0-9._-]{0,62}$", example = "blog")]
+    app: String,
+}
+
+/// What the path names.
+pub(crate) struct Segment(pub(crate) String);
 
 /// The app that the path names.
 pub(crate) struct Named(pub(crate) AppName);
@@ -112,13 +126,20 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Asked<T> {
     }
 }
 
+impl<S: Send + Sync> FromRequestParts<S> for Segment {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let named = Path::<String>::from_request_parts(parts, state).await;
+        named.map(|Path(name)| Self(name)).map_err(|rejection| Problem::malformed(rejection.body_text()))
+    }
+}
+
 impl<S: Send + Sync> FromRequestParts<S> for Named {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
-        let Path(name) = Path::<String>::from_request_parts(parts, state)
-            .await
-            .map_err(|rejection| Problem::malformed(rejection.body_text()))?;
+        let Segment(name) = Segment::from_request_parts(parts, state).await?;
         name.parse().map(Self).map_err(|error: cmdb::app::NameError| Problem::malformed(error.to_string()))
     }
 }

@@ -13,7 +13,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::{
     Api,
-    extract::{Asked, Body, Json, Named, Operator, Reader},
+    extract::{AppPath, Asked, Body, Json, Named, Operator, Reader},
     problem::{FieldError, Problem},
 };
 
@@ -102,7 +102,7 @@ pub(crate) async fn list(
 }
 
 /// The app's instances.
-#[utoipa::path(get, path = "/v1/apps/{app}/instances", tag = "instances", params(("app" = String, Path)), responses((status = 200, body = Vec<Status>)))]
+#[utoipa::path(get, path = "/v1/apps/{app}/instances", tag = "instances", params(AppPath), responses((status = 200, body = Vec<Status>)))]
 pub(crate) async fn of_app(
     _: Reader,
     State(api): State<Arc<Api>>,
@@ -122,7 +122,7 @@ async fn statuses(api: &Api, app: Option<AppName>) -> Result<Json<Vec<Status>>, 
 }
 
 /// Has an instance ready, as a request would. Role: operate.
-#[utoipa::path(post, path = "/v1/apps/{app}/wake", tag = "instances", params(("app" = String, Path)), responses((status = 200, body = Awake)))]
+#[utoipa::path(post, path = "/v1/apps/{app}/wake", tag = "instances", params(AppPath), responses((status = 200, body = Awake)))]
 pub(crate) async fn wake(
     _: Operator,
     State(api): State<Arc<Api>>,
@@ -134,7 +134,7 @@ pub(crate) async fn wake(
 }
 
 /// Ends all instances of the app; answers when they are gone. The next request wakes it. Role: operate.
-#[utoipa::path(post, path = "/v1/apps/{app}/stop", tag = "instances", params(("app" = String, Path)), responses((status = 200, body = Done)))]
+#[utoipa::path(post, path = "/v1/apps/{app}/stop", tag = "instances", params(AppPath), responses((status = 200, body = Done)))]
 pub(crate) async fn stop(
     _: Operator,
     State(api): State<Arc<Api>>,
@@ -145,7 +145,7 @@ pub(crate) async fn stop(
 }
 
 /// Replaces all instances of the app, the new one first; answers when that has begun. Role: operate.
-#[utoipa::path(post, path = "/v1/apps/{app}/restart", tag = "instances", params(("app" = String, Path)), responses((status = 200, body = Done)))]
+#[utoipa::path(post, path = "/v1/apps/{app}/restart", tag = "instances", params(AppPath), responses((status = 200, body = Done)))]
 pub(crate) async fn restart(
     _: Operator,
     State(api): State<Arc<Api>>,
@@ -156,7 +156,7 @@ pub(crate) async fn restart(
 }
 
 /// Other limits for what runs and what starts, until the configuration changes them. Role: operate.
-#[utoipa::path(post, path = "/v1/apps/{app}/limit", tag = "instances", params(("app" = String, Path)), request_body = NewLimits, responses((status = 200, body = Done)))]
+#[utoipa::path(post, path = "/v1/apps/{app}/limit", tag = "instances", params(AppPath), request_body = NewLimits, responses((status = 200, body = Done)))]
 pub(crate) async fn limit(
     _: Operator,
     State(api): State<Arc<Api>>,
@@ -177,7 +177,7 @@ pub(crate) async fn limit(
 }
 
 /// How many instances of the app run, until the configuration changes that. Role: operate.
-#[utoipa::path(post, path = "/v1/apps/{app}/scale", tag = "instances", params(("app" = String, Path)), request_body = ScaleOrder, responses((status = 200, body = Done)))]
+#[utoipa::path(post, path = "/v1/apps/{app}/scale", tag = "instances", params(AppPath), request_body = ScaleOrder, responses((status = 200, body = Done)))]
 pub(crate) async fn scale(
     _: Operator,
     State(api): State<Arc<Api>>,
@@ -189,7 +189,7 @@ pub(crate) async fn scale(
 }
 
 /// Runs the app's hooks for a signal; answers when they have begun. Role: operate.
-#[utoipa::path(post, path = "/v1/apps/{app}/signal", tag = "instances", params(("app" = String, Path)), request_body = Signal, responses((status = 200, body = Done)))]
+#[utoipa::path(post, path = "/v1/apps/{app}/signal", tag = "instances", params(AppPath), request_body = Signal, responses((status = 200, body = Done)))]
 pub(crate) async fn signal(
     _: Operator,
     State(api): State<Arc<Api>>,
@@ -201,7 +201,7 @@ pub(crate) async fn signal(
 }
 
 /// The last that the app wrote to stdout and stderr. Role: operate, for it may hold secrets.
-#[utoipa::path(get, path = "/v1/apps/{app}/logs", tag = "instances", params(("app" = String, Path), HowMuch), responses((status = 200, body = Vec<LogLine>)))]
+#[utoipa::path(get, path = "/v1/apps/{app}/logs", tag = "instances", params(AppPath, HowMuch), responses((status = 200, body = Vec<LogLine>)))]
 pub(crate) async fn logs(
     _: Operator,
     State(api): State<Arc<Api>>,
