@@ -41,8 +41,7 @@ async fn main() -> Result<()> {
     let store = mirrored(&redis, apps).await?;
     let mirror = resident()?.saturating_sub(before);
     println!("| Memory of one app in a mirror of {apps} | {} B |", mirror / apps);
-    lookups(&store, apps);
-    Ok(())
+    lookups(&store, apps)
 }
 
 /// From the moment when a writer begins to write until a reader's watch has it.
@@ -111,23 +110,33 @@ impl Tenant for Site {
     fn removed(&self) {}
 }
 
-fn lookups(store: &RedisStore, apps: usize) {
+fn lookups(store: &RedisStore, apps: usize) -> Result<()> {
     let cache = CmCache::<Site>::new();
     cache.begin_sync();
     for (app, record) in store.list() {
         cache.apply(Change::Put { app, record });
     }
     cache.apply(Change::Synced);
-    // In an order that no processor's cache expects.
-    let hosts: Vec<String> = (0..apps).map(|n| format!("app-{}.example.com", n * 7_919 % apps)).collect();
-    let began = Instant::now();
-    let found =
-        hosts.iter().cycle().take(LOOKUPS).filter(|host| {
+    // In an order that no processor's cache expects: a thousand hosts that are often visited, and all of them.
+    for some in [1_000.min(apps), apps] {
+        let hosts: Vec<String> = (0..some).map(|n| format!("app-{}.example.com", n * 7_919 % apps)).collect();
+        let begun = on_processor()?;
+        let found = hosts.iter().cycle().take(LOOKUPS).filter(|host| {
             cache.lookup(black_box(host)).is_some_and(|site| black_box(&site.0).rev < u64::MAX)
         });
-    let found = found.count();
-    let each = began.elapsed().as_nanos() / LOOKUPS as u128;
-    println!("| A look-up among {apps} hosts ({found} of {LOOKUPS} found) | {each} ns |");
+        let found = found.count();
+        let each = (on_processor()? - begun) / LOOKUPS;
+        println!(
+            "| A look-up of one of {some} among {apps} hosts ({found} of {LOOKUPS} found) | {each} ns |"
+        );
+    }
+    Ok(())
+}
+
+/// Time that this thread has had a processor, ns: others may be busy with something else.
+fn on_processor() -> Result<usize> {
+    let times = fs::read_to_string("/proc/thread-self/schedstat")?;
+    Ok(times.split(' ').next().ok_or("nothing in schedstat")?.parse()?)
 }
 
 fn app(name: &str) -> Result<App> {

@@ -65,6 +65,9 @@ on_every_home!(
     of_many_wakers_one_owns_the_start,
     a_late_owner_is_fenced,
     scale_out_stops_at_max_whoever_asks,
+    what_was_given_up_is_fenced_for_all_and_never_comes_back,
+    of_many_who_give_up_a_host_one_takes_its_place,
+    a_generation_stays_its_hosts,
     an_unknown_app_is_an_error_and_its_removal_none,
     a_server_name_has_one_owner_even_when_two_ask_at_once,
     an_app_may_leave_names_to_another,
@@ -232,6 +235,77 @@ async fn scale_out_stops_at_max_whoever_asks(home: &Home) {
 
     assert_eq!(outcomes.iter().filter(|o| matches!(o, Outcome::Own(_))).count(), 4);
     assert_eq!(outcomes.iter().filter(|o| **o == Outcome::Full).count(), 12);
+}
+
+async fn what_was_given_up_is_fenced_for_all_and_never_comes_back(home: &Home) {
+    let (dead, heir) = (home.way_in("dead").await, home.way_in("heir").await);
+    dead.put_app(app("blog", "blog.example.com")).await.unwrap();
+    let Outcome::Own(old) = dead.apply(&name("blog"), wake("dead")).await.unwrap().0 else { panic!() };
+    knows(&heir, "blog").await;
+
+    let lost = vec!["dead".to_owned()];
+    let instead = Transition::Wake { node: "heir".into(), start_timeout_ms: 20_000, lost: lost.clone() };
+    let (outcome, record) = heir.apply(&name("blog"), instead).await.unwrap();
+
+    let Outcome::Own(new) = outcome else { panic!("{outcome:?}") };
+    assert!(record.is_fenced("dead", old) && !record.is_fenced("heir", new));
+    let steps = [
+        Transition::Ready { generation: old, port: 80 },
+        Transition::Adopt { generation: old, node: "dead".into(), port: 80 },
+        Transition::Gone { generation: old },
+    ];
+    for late in steps {
+        let refused = dead.apply(&name("blog"), late.clone()).await.unwrap();
+        assert_eq!(refused.0, Outcome::Fenced, "{late:?}");
+        assert_eq!(refused.1.instances.keys().collect::<Vec<_>>(), [&new]);
+    }
+    let again = heir.apply(&name("blog"), Transition::GiveUp { lost }).await.unwrap();
+    assert_eq!((again.0, again.1.instances.len()), (Outcome::Done, 1), "it had none any more");
+}
+
+async fn of_many_who_give_up_a_host_one_takes_its_place(home: &Home) {
+    let dead = home.way_in("dead").await;
+    for round in 0..20 {
+        let app_name = format!("app-{round}");
+        dead.put_app(app(&app_name, &format!("{app_name}.example.com"))).await.unwrap();
+        let woken = dead.apply(&name(&app_name), wake("dead")).await.unwrap().0;
+        assert!(matches!(woken, Outcome::Own(_)), "{woken:?}");
+    }
+    let mut heirs = tokio::task::JoinSet::new();
+    for heir in 0..8 {
+        let (node, store) = (format!("heir-{heir}"), home.way_in(&format!("heir-{heir}")).await);
+        heirs.spawn(async move {
+            let mut outcomes = Vec::new();
+            for round in 0..20 {
+                let lost = vec!["dead".to_owned()];
+                let wake = Transition::Wake { node: node.clone(), start_timeout_ms: 20_000, lost };
+                outcomes.push(store.apply(&name(&format!("app-{round}")), wake).await.unwrap().0);
+            }
+            outcomes
+        });
+    }
+
+    let outcomes = heirs.join_all().await;
+
+    for round in 0..20 {
+        let owned = outcomes.iter().filter(|of| matches!(of[round], Outcome::Own(_))).count();
+        let joined = outcomes.iter().filter(|of| matches!(of[round], Outcome::Join(_))).count();
+        assert_eq!((owned, joined), (1, 7), "app-{round}");
+    }
+}
+
+async fn a_generation_stays_its_hosts(home: &Home) {
+    let (one, other) = (home.way_in("one").await, home.way_in("other").await);
+    one.put_app(app("blog", "blog.example.com")).await.unwrap();
+    let Outcome::Own(generation) = one.apply(&name("blog"), wake("one")).await.unwrap().0 else { panic!() };
+    knows(&other, "blog").await;
+
+    let adopt = |node: &str| Transition::Adopt { generation, node: node.into(), port: 80 };
+    let refused = other.apply(&name("blog"), adopt("other")).await.unwrap();
+    assert_eq!(refused.0, Outcome::Fenced);
+    let (adopted, record) = one.apply(&name("blog"), adopt("one")).await.unwrap();
+
+    assert_eq!((adopted, record.instances[&generation].node.as_str()), (Outcome::Done, "one"));
 }
 
 async fn an_unknown_app_is_an_error_and_its_removal_none(home: &Home) {
