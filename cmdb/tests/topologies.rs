@@ -182,6 +182,40 @@ async fn a_primary_that_dies_under_load_costs_no_wake_and_all_converge_on_its_su
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_that_the_sentinels_have_given_up_is_left_though_it_answers() {
+    let redis = Sentinel::start();
+    let one = Launcher::open(&redis.address(), "one");
+    let edge = RedisStore::open(&redis.address(), Role::Reader, BUDGET).unwrap();
+    connected(&one.store).await;
+    connected(&edge).await;
+    one.store.put_app(app("before", "before.example.com")).await.unwrap();
+    redis.replica.wait(&["EXISTS", "fc:{before}"], "1");
+
+    // Whoever comes anew is refused: Sentinel and replica lose it, those who are connected do not.
+    redis.primary.cli(&["CONFIG", "SET", "requirepass", "secret"]);
+    let clients = redis.primary.cli(&["-a", "secret", "CLIENT", "LIST"]);
+    let theirs = clients.lines().filter(|line| line.contains("name=sentinel-") || line.contains("flags=S"));
+    for line in theirs {
+        let id = line.split_whitespace().find_map(|field| field.strip_prefix("id=")).unwrap();
+        redis.primary.cli(&["-a", "secret", "CLIENT", "KILL", "ID", id]);
+    }
+    redis.replica.wait(&["INFO", "replication"], "role:master");
+
+    let newcomer = RedisStore::open(&redis.address(), Role::Configurer, BUDGET).unwrap();
+    connected(&newcomer).await;
+    wait_for("something new on the new primary", async || {
+        newcomer.put_app(app("after", "after.example.com")).await.is_ok()
+    })
+    .await;
+    for store in [&*one.store, &edge] {
+        wait_for("it is known", async || store.get(&name("after")).is_some()).await;
+    }
+    one.visit(&name("before"), false, &Owners::default()).await;
+    wait_for("all know what runs", async || on_node(&newcomer, "one") == one.runs()).await;
+    assert!(redis.replica.cli(&["HGET", "fc:{before}", "record"]).contains("ready"));
+}
+
 /// The link may not have been missed yet: a word of this process goes to Redis and comes back.
 async fn connected_again(store: &RedisStore) {
     wait_for("Redis takes what is written", async || {
@@ -233,10 +267,10 @@ async fn a_slow_redis_delays_no_wake_for_long_and_kills_no_host() {
 }
 
 /// As docs/operate.md has it.
-const WRITER: &str = "~fc:* ~fch:* ~fcn:* resetchannels -@all +hello +auth +ping +select +client|tracking \
+const WRITER: &str = "~fc:* ~fch:* ~fcn:* resetchannels -@all +hello +auth +ping +select +role +client|tracking \
                       +info +scan +evalsha +script|load +get +set +del +exists +expire +persist +type \
                       +time +hget +hset +hdel +hmget +hgetall +hstrlen";
-const READER: &str = "~fc:* ~fch:* resetchannels -@all +hello +auth +ping +select +client|tracking \
+const READER: &str = "~fc:* ~fch:* resetchannels -@all +hello +auth +ping +select +role +client|tracking \
                       +info +scan +evalsha +script|load +get +exists +type +hmget +hgetall +hstrlen";
 
 #[tokio::test]

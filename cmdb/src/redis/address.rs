@@ -8,7 +8,7 @@ use redis::{
     aio::{AsyncPushSender, MultiplexedConnection},
     sentinel::{SentinelClient, SentinelClientBuilder, SentinelServerType},
 };
-use tokio::sync::Mutex;
+use tokio::{sync::Mutex, time::timeout};
 
 /// The port of a Sentinel where none is given.
 const SENTINEL_PORT: u16 = 26_379;
@@ -44,6 +44,17 @@ impl Address {
         let settings = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
         let client = Client::open(info.set_redis_settings(settings)).map_err(|e| refuse(e.to_string()))?;
         Ok(Self::Single(client))
+    }
+
+    /// Whom the Sentinels call primary now; `None` where nobody is asked, or nobody answers.
+    pub(super) async fn primary(&self) -> Option<String> {
+        match self {
+            Self::Single(_) => None,
+            Self::Sentinel(client) => {
+                let client = timeout(CONNECT, async { client.lock().await.async_get_client().await });
+                Some(client.await.ok()?.ok()?.get_connection_info().addr().to_string())
+            }
+        }
     }
 
     /// A connection on which no answer takes longer than `response`; pushes go to `pushes`.

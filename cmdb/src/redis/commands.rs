@@ -85,6 +85,11 @@ impl Commands {
         self.failures.fetch_min(BREAKS_AFTER - 1, Ordering::Relaxed);
     }
 
+    /// The next command goes to whoever is primary by then.
+    pub(super) async fn leave(&self) {
+        *self.connection.lock().await = None;
+    }
+
     /// Replaces an app's hash if it is as the caller thinks. A swap that writes nothing confirms what the caller knows.
     pub(super) async fn swap(&self, swap: &Swap<'_>) -> Result<Swapped, StoreError> {
         let mut call = SWAP.key(stored::key(swap.app));
@@ -185,5 +190,5 @@ fn is_refusal(error: &RedisError) -> bool {
     let code = error.code().unwrap_or_default();
     !error.is_io_error()
         && !error.is_connection_dropped()
-        && !matches!(code, "READONLY" | "LOADING" | "MASTERDOWN" | "")
+        && !matches!(code, "READONLY" | "NOREPLICAS" | "LOADING" | "MASTERDOWN" | "")
 }

@@ -21,6 +21,8 @@ use crate::app::AppName;
 const PING_EVERY: Duration = Duration::from_secs(1);
 /// It is dead when it does not answer for so long.
 const PING_WITHIN: Duration = Duration::from_millis(500);
+/// The Sentinels are asked so often whether they have another primary: one that was cut off from them goes on answering.
+const ASK_EVERY: Duration = Duration::from_secs(2);
 /// Everything is compared so often, should a message have been lost.
 const COMPARE_EVERY: Duration = Duration::from_secs(60);
 /// The longest that one reading of a batch may take.
@@ -37,6 +39,8 @@ struct Session<'a> {
     dirty: Arc<Dirty>,
     tracker: MultiplexedConnection,
     reader: MultiplexedConnection,
+    /// Whom the Sentinels called primary when it began.
+    primary: Option<String>,
     identity: Identity,
 }
 
@@ -67,12 +71,13 @@ impl<'a> Session<'a> {
     async fn begin(shared: &'a Shared) -> RedisResult<Self> {
         let address = shared.commands.address();
         let dirty = Arc::new(Dirty::default());
+        let primary = address.primary().await;
         let mut tracker = address.connect(PING_WITHIN, Some(dirty.listener())).await?;
         let reader = address.connect(READ_WITHIN, None::<NoPushes>).await?;
         let mut on = redis::cmd("CLIENT");
         on.arg("TRACKING").arg("ON").arg("BCAST").arg("PREFIX").arg(stored::TRACKED);
         on.query_async::<()>(&mut tracker).await?;
-        Ok(Self { shared, dirty, tracker, reader, identity: Identity::default() })
+        Ok(Self { shared, dirty, tracker, reader, primary, identity: Identity::default() })
     }
 
     /// Returns why it ended.
@@ -101,12 +106,15 @@ impl<'a> Session<'a> {
         let mut compare = interval_at(Instant::now() + COMPARE_EVERY, COMPARE_EVERY);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         compare.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut ask = interval_at(Instant::now() + ASK_EVERY, ASK_EVERY);
+        ask.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (dirty, shared) = (Arc::clone(&self.dirty), self.shared);
         loop {
             tokio::select! {
                 changed = dirty.changed() => self.take_in(changed, last).await?,
                 () = shared.untold.notified() => self.tell_untold().await,
                 _ = ping.tick() => self.check(last).await?,
+                _ = ask.tick(), if self.primary.is_some() => self.check_primary().await?,
                 _ = compare.tick() => self.read_all(false).await?,
             }
         }
@@ -147,6 +155,16 @@ impl<'a> Session<'a> {
         self.check_identity(last, false).await?;
         self.tell_untold().await;
         Ok(())
+    }
+
+    async fn check_primary(&self) -> RedisResult<()> {
+        let now = self.shared.commands.address().primary().await;
+        if now.is_none() || now == self.primary {
+            return Ok(());
+        }
+        self.shared.commands.leave().await;
+        self.shared.hosts.leave().await;
+        Err(RedisError::from((redis::ErrorKind::Io, "the Sentinels have another primary")))
     }
 
     /// Another epoch or another history: something may be lost. Then, or when asked to, everything is read.

@@ -74,6 +74,11 @@ impl Hosts {
         }
     }
 
+    /// There is another primary.
+    pub(super) async fn leave(&self) {
+        self.commands.leave().await;
+    }
+
     /// As Redis has given it; 0: it has not.
     pub(super) fn number_told(&self) -> u64 {
         self.number.load(Relaxed)
