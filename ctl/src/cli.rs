@@ -150,6 +150,14 @@ Examples:
   sudo fastcontainer up --cmdb file:/etc/fastcontainer/cmdb --node web1 --dispatch 10.0.0.1:7070 \\
     --cluster-key /etc/fastcontainer/cluster.key                      one of several hosts";
 
+fn network(text: &str) -> Result<String, String> {
+    let (address, bits) = text.split_once('/').unwrap_or((text, "0"));
+    match (address.parse::<IpAddr>(), bits.parse::<u8>()) {
+        (Ok(address), Ok(bits)) if bits <= if address.is_ipv4() { 32 } else { 128 } => Ok(text.to_owned()),
+        _ => Err("write a network such as 10.0.0.0/8 or 2001:db8::/32".to_owned()),
+    }
+}
+
 /// `up`
 #[derive(Args, Debug)]
 pub(crate) struct Up {
@@ -160,6 +168,12 @@ pub(crate) struct Up {
     /// Address for HTTP; may be given several times
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8080")]
     pub(crate) listen: Vec<SocketAddr>,
+    /// Networks of balancers whose X-Forwarded-* headers are believed, such as 10.0.0.0/8; may be given several times
+    #[arg(long, value_name = "NETWORK", value_parser = network)]
+    pub(crate) trust: Vec<String>,
+    /// Networks of balancers that begin each connection with a PROXY protocol header; may be given several times
+    #[arg(long, value_name = "NETWORK", value_parser = network)]
+    pub(crate) trust_proxy: Vec<String>,
     #[command(flatten)]
     pub(crate) among: Among,
     #[command(flatten)]

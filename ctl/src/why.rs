@@ -224,9 +224,14 @@ fn instance(request: &RequestRecord) -> String {
         ("", _) => "none: no app has this host name".to_owned(),
         (app, 0) => format!("none of {}", text::clean(app)),
         (app, generation) => format!(
-            "{}.{} ({})",
+            "{}.{}{} ({})",
             text::clean(app),
             ps::short(Generation(generation)),
+            if request.node.is_empty() {
+                String::new()
+            } else {
+                format!(" on {}", text::clean(&request.node))
+            },
             if request.wake == "cold" {
                 "cold: it was started for this request, or for one just before"
             } else {

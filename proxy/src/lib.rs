@@ -207,9 +207,7 @@ impl ProxyHttp for FastContainer {
         response: &mut ResponseHeader,
         ctx: &mut Ctx,
     ) -> pingora::Result<()> {
-        if ctx.away
-            && let Some(remote) = ctx.lease.as_ref().and_then(|lease| lease.upstream.remote()).cloned()
-        {
+        if let Some(remote) = ctx.away.clone() {
             remote::opened(ctx, &remote, response)?;
         }
         measuring::answered(&self.house, ctx, response);

@@ -42,7 +42,7 @@ const LOGGED: &str = "info,pingora_core=warn,pingora_core::connectors=off,pingor
 #[command(version)]
 struct Options {
     /// Where to listen, such as 127.0.0.1:8080 or [::]:80; may be given more than once
-    #[arg(long, required = true, value_name = "ADDRESS")]
+    #[arg(long, required_unless_present = "dispatch", value_name = "ADDRESS")]
     listen: Vec<SocketAddr>,
     /// State folder, shared with the launcher
     #[arg(long, default_value = DEFAULT_STATE, value_name = "DIR")]
@@ -214,7 +214,9 @@ fn serve(config: Config, ports: &Ports, threads: Option<usize>) -> anyhow::Resul
     }
     server.add_service(attendants.link);
     server.add_service(attendants.office);
-    server.add_service(service);
+    if !ports.listen.is_empty() {
+        server.add_service(service);
+    }
     let signals = Signals { house: Arc::clone(&house) };
     server.run(RunArgs { shutdown_signal: Box::new(signals) });
     finish(&house);

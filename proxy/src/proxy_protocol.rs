@@ -80,11 +80,12 @@ impl<A: ServerApp + Send + Sync> ServerApp for Porter<A> {
             match timeout(self.patience, read(&mut stream)).await {
                 Ok(Ok(Some(client))) => stream = speaking_for(stream, client)?,
                 Ok(Ok(None)) => {}
+                // It has only looked whether somebody listens.
+                Ok(Err(HeaderError::Io(_))) | Err(_) => return None,
                 Ok(Err(error)) => {
                     tracing::warn!(%balancer, %error, "a balancer's connection is closed; does it send the PROXY protocol?");
                     return None;
                 }
-                Err(_) => return None,
             }
         }
         self.app.process_new(stream, shutdown).await

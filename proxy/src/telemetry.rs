@@ -31,6 +31,7 @@ use crate::{
     config::AccessLog,
     house::House,
     measure::{Part, Stopwatch},
+    nodes::Remote,
     tenant::AppRuntime,
 };
 
@@ -72,6 +73,8 @@ pub struct Record {
     pub bytes: usize,
     /// The app.
     pub app: Option<Arc<AppRuntime>>,
+    /// The host that served it, if that was another one.
+    pub node: Option<Arc<Remote>>,
     /// The instance.
     pub generation: Option<Generation>,
     /// Where the time went; stopped.
@@ -335,6 +338,8 @@ struct Line<'a> {
     status: u16,
     bytes: u64,
     app: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    node: &'a str,
     generation: u64,
     own_us: u64,
     hold_us: u64,
@@ -365,6 +370,7 @@ impl<'a> Line<'a> {
             status: record.status.map_or(0, |status| status.as_u16()),
             bytes: record.bytes as u64,
             app: record.app.as_ref().map_or("", |app| app.name.as_str()),
+            node: record.node.as_ref().map_or("", |node| node.name.as_str()),
             generation: record.generation.map_or(0, |generation| generation.0),
             own_us,
             hold_us,
@@ -392,6 +398,7 @@ impl From<Line<'_>> for RequestRecord {
             status: line.status,
             bytes: line.bytes,
             app: line.app.to_owned(),
+            node: line.node.to_owned(),
             generation: line.generation,
             own_us: line.own_us,
             hold_us: line.hold_us,
@@ -483,6 +490,7 @@ mod tests {
             status: Some(StatusCode::OK),
             bytes: 5,
             app: None,
+            node: None,
             generation: Some(Generation(7)),
             watch,
             retries: 0,

@@ -147,9 +147,11 @@ async fn the_app_sees_the_client_and_the_client_sees_nothing_of_the_way() {
     let (runs, _) = cluster.who_runs();
     eventually(|| {
         let told = |proxy: &Proxy| {
-            proxy.house.telemetry.why("the-same-on-both").is_some_and(|record| record.client == "127.0.0.77")
+            let record = proxy.house.telemetry.why("the-same-on-both");
+            record.filter(|record| record.client == "127.0.0.77").map(|record| record.node)
         };
-        told(&cluster.edge) && told(&cluster.hosts[runs].proxy)
+        let host = &cluster.hosts[runs];
+        told(&cluster.edge).as_deref() == Some(host.name) && told(&host.proxy).as_deref() == Some("")
     })
     .await;
 }

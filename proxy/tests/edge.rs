@@ -157,12 +157,8 @@ async fn an_edge_that_starts_while_redis_is_gone_serves_what_it_knew() {
     let _host = Host::start(&redis, &web).await;
     let edge = Edge::start(folder.path(), &redis.url).await;
     assert_eq!(get(edge.address, "blog.test", "/").await.status, 200);
-    let known = StateDir::new(folder.path().join("edge")).proxy();
-    eventually(|| {
-        let mut files = fs::read_dir(&known).unwrap().flatten();
-        files.any(|file| file.file_name().to_string_lossy().contains("cmdb"))
-    })
-    .await;
+    let known = StateDir::new(folder.path().join("edge")).proxy().join("cmdb.last-known-good");
+    eventually(|| known.exists()).await;
     let url = redis.url.clone();
     drop((edge, redis));
 

@@ -194,6 +194,9 @@ async fn start(
     for address in listen(options) {
         args.extend(["--listen".into(), address.to_string().into()]);
     }
+    for (option, networks) in [("--trust", &options.trust), ("--trust-proxy", &options.trust_proxy)] {
+        networks.iter().for_each(|network| args.extend([option.into(), network.into()]));
+    }
     cluster.for_proxy(&options.among, &mut args);
     // Beside a launcher it knows what the launcher knows.
     let cmdb = if runs_apps { None } else { cluster.environment() };

@@ -66,6 +66,9 @@ pub struct RequestRecord {
     pub bytes: u64,
     /// The app; empty when none has this host name.
     pub app: String,
+    /// The host that served it, if that was another one.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub node: String,
     /// The instance; 0: none.
     pub generation: u64,
     /// The proxy's own work.

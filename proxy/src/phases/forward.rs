@@ -123,7 +123,7 @@ pub fn response_headers(house: &House, ctx: &Ctx, response: &mut ResponseHeader)
 pub fn unconnected(ctx: &mut Ctx, mut error: Box<Error>) -> Box<Error> {
     ctx.unconnected += 1;
     if let (Some(app), Some(lease)) = (&ctx.app, &ctx.lease)
-        && (*error.etype() != ErrorType::ConnectTimedout || ctx.away)
+        && (*error.etype() != ErrorType::ConnectTimedout || ctx.away.is_some())
     {
         // A full accept queue times out, but its app lives; who refuses is dead, or about to be.
         app.unreachable(&lease.upstream, error.to_string());
@@ -137,7 +137,7 @@ pub fn unconnected(ctx: &mut Ctx, mut error: Box<Error>) -> Box<Error> {
 #[must_use]
 pub fn broken_off(session: &Session, ctx: &mut Ctx, mut error: Box<Error>) -> Box<Error> {
     let upstream = *error.esource() == ErrorSource::Upstream;
-    if ctx.away
+    if ctx.away.is_some()
         && upstream
         && let (Some(app), Some(lease)) = (&ctx.app, &ctx.lease)
     {

@@ -21,7 +21,7 @@ pub fn log(house: &House, session: &Session, error: Option<&Error>, ctx: &mut Ct
         return;
     }
     // Whichever host serves a request puts it on the bill.
-    if let Some(app) = ctx.app.as_ref().filter(|_| !ctx.away) {
+    if let Some(app) = ctx.app.as_ref().filter(|_| ctx.away.is_none()) {
         app.bill.add(session.body_bytes_read(), session.body_bytes_sent(), ctx.watch.spent(Part::Hold));
     }
     let error = match (&ctx.fault, error) {
@@ -54,6 +54,7 @@ pub fn log(house: &House, session: &Session, error: Option<&Error>, ctx: &mut Ct
         status,
         bytes: session.body_bytes_sent(),
         app: ctx.app.clone(),
+        node: ctx.away.take(),
         generation: ctx.generation,
         watch: ctx.watch,
         retries: outcome.retries,

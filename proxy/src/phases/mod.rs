@@ -7,7 +7,8 @@ use std::{net::IpAddr, sync::Arc};
 use pingora::{protocols::l4::socket::SocketAddr, proxy::Session};
 
 use crate::{
-    dispatch::Hop, lease::Lease, measure::Stopwatch, pages::Fault, telemetry::RequestId, tenant::AppRuntime,
+    dispatch::Hop, lease::Lease, measure::Stopwatch, nodes::Remote, pages::Fault, telemetry::RequestId,
+    tenant::AppRuntime,
 };
 
 pub mod admit;
@@ -35,8 +36,8 @@ pub struct Ctx {
     pub misdirected: bool,
     /// How often that was so.
     pub moves: u32,
-    /// Whether another host serves it, and counts it.
-    pub away: bool,
+    /// The other host that serves it, and counts it.
+    pub away: Option<Arc<Remote>>,
     /// Its id; `x-request-id`.
     pub request_id: RequestId,
     /// Its app, once resolved.
@@ -75,7 +76,7 @@ impl Ctx {
             errand: false,
             misdirected: false,
             moves: 0,
-            away: false,
+            away: None,
             request_id: RequestId::random(),
             app: None,
             lease: None,

@@ -29,7 +29,7 @@ pub async fn pick(session: &mut Session, ctx: &mut Ctx) -> pingora::Result<Box<H
     };
     ctx.watch.enter(Part::Connect);
     ctx.generation = Some(lease.upstream.generation);
-    ctx.away = !lease.upstream.is_here();
+    ctx.away = lease.upstream.remote().cloned();
     let peer = lease.upstream.peer(is_websocket(session));
     ctx.lease = Some(lease);
     // Its host was forgotten in this moment: as if it could not be connected to.
