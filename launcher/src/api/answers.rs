@@ -329,8 +329,14 @@ impl Peer {
     }
 
     fn restart(&self, app: &AppName) -> Result<Reply, Refusal> {
-        if self.host.store.get(app).is_none() {
-            return Err(unknown(app));
+        let Some((_, record)) = self.host.store.get(app) else { return Err(unknown(app)) };
+        let mut nodes = record.instances.values().map(|instance| instance.node.as_str());
+        if nodes.clone().all(|node| node != self.host.node)
+            && let Some(node) = nodes.next()
+        {
+            let message = format!("{app} runs on {node}: give the command there");
+            let elsewhere = Some(node.to_owned());
+            return Err(Refusal { elsewhere, ..Refusal::new(RefusalCode::Elsewhere, message) });
         }
         if let Some(supervisor) = self.host.running_supervisor(app) {
             let _ = supervisor.send(Message::Restart);
