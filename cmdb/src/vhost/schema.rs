@@ -521,6 +521,7 @@ pub fn json_schema() -> Value {
             table = json!({ "type": "array", "items": table });
         }
         table["description"] = about.into();
+        may_be_null(&mut table);
         properties.insert(section.to_owned(), table);
     }
     required.push("container".into());
@@ -540,9 +541,20 @@ fn section_schema(section: &str) -> (Map<String, Value>, Vec<Value>) {
     let schemas = keys.map(|key| {
         let mut schema = key_schema(key);
         schema["description"] = key.doc.into();
+        may_be_null(&mut schema);
         (key.name.to_owned(), schema)
     });
     (schemas.collect(), must)
+}
+
+/// In JSON, null says that a key is not there.
+fn may_be_null(schema: &mut Value) {
+    let mut types = match schema["type"].take() {
+        Value::Array(types) => types,
+        one => vec![one],
+    };
+    types.push("null".into());
+    schema["type"] = types.into();
 }
 
 /// What a key takes is what its example is.
@@ -553,7 +565,9 @@ fn key_schema(key: &Key) -> Value {
             json!({ "type": ["string", "array"], "items": { "type": "string" } })
         }
         Value::Array(_) => json!({ "type": "array", "items": { "type": "string" } }),
-        Value::Object(_) => json!({ "type": "object", "additionalProperties": { "type": "string" } }),
+        Value::Object(_) => {
+            json!({ "type": "object", "additionalProperties": { "type": ["string", "null"] } })
+        }
         Value::Number(_) => json!({ "type": "integer", "minimum": 0 }),
         Value::Bool(_) => json!({ "type": "boolean" }),
         _ => json!({ "type": "string" }),
@@ -598,11 +612,11 @@ mod tests {
         }
         let schema = json_schema();
         assert_eq!(schema["required"], json!(["server-name", "container"]));
-        assert_eq!(schema["properties"]["scale"]["properties"]["max"]["type"], "integer");
+        assert_eq!(schema["properties"]["scale"]["properties"]["max"]["type"], json!(["integer", "null"]));
         assert_eq!(schema["properties"]["volume"]["items"]["required"], json!(["source", "target"]));
         assert_eq!(
             schema["properties"]["network"]["properties"]["outbound"]["type"],
-            json!(["string", "array"])
+            json!(["string", "array", "null"])
         );
     }
 }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use crate::{
-    host::{Host, free_port},
+    host::{Host, free_port, program},
     http::{Connection, Request, Response, request},
     vhost::{Vhost, images},
 };
@@ -248,7 +248,7 @@ fn without_tokens_who_is_on_this_host_may_look_and_nobody_elsewhere_is_let_in() 
     problem(&send(request("GET", "rebound.example", "/v1/apps")), 401);
     host.end();
 
-    let refused = std::process::Command::new(crate::host::program("fastcontainer-coreapi"))
+    let refused = std::process::Command::new(program("fastcontainer-coreapi"))
         .args(["--api", "0.0.0.0:0", "--state", "/nonexistent"])
         .output()
         .unwrap();
@@ -421,5 +421,113 @@ fn a_folder_and_the_api_do_not_undo_each_other() {
         (origin("shop"), origin("blog"), origin("wiki")),
         ("api".into(), "api".into(), "conf.d".into())
     );
+    served.end();
+}
+
+#[test]
+fn the_api_is_as_it_is_described_whatever_it_is_sent() {
+    let schemathesis = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/schemathesis/bin/schemathesis");
+    assert!(
+        fs::exists(schemathesis).unwrap(),
+        "{schemathesis} is not there: run scripts/install-missing test"
+    );
+    let served = Served::up(&[&Vhost::probe("blog")]);
+    let work = tempfile::tempdir().unwrap();
+
+    let output = std::process::Command::new(schemathesis)
+        .args(["run", &format!("http://127.0.0.1:{}/openapi.json", served.port)])
+        .args(["--header", "Authorization: Bearer all-of-it", "--max-time", "20", "--continue-on-failure"])
+        // A stream has no end; what a vhost's values mean is more than a JSON schema can say.
+        .args(["--exclude-path", "/v1/events/stream", "--exclude-checks", "positive_data_acceptance"])
+        .current_dir(work.path())
+        .output()
+        .unwrap();
+
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{said}\n{}\n{}",
+        String::from_utf8_lossy(&output.stderr),
+        served.host.log_tail()
+    );
+    served.host.get(&Vhost::probe("blog"), "/").expect_status(200);
+    assert!(!served.host.log().contains("panicked"), "{}", served.host.log_tail());
+    served.end();
+}
+
+#[test]
+fn the_operators_commands_are_the_same_from_afar() {
+    let blog = Vhost::probe("blog");
+    let served = Served::up(&[&blog]);
+    let (host, folder) = (&served.host, tempfile::tempdir().unwrap());
+    let token = folder.path().join("token");
+    fs::write(&token, "all-of-it\n").unwrap();
+    let url = format!("http://127.0.0.1:{}", served.port);
+    let nowhere = folder.path().join("nowhere");
+    let run = |token: Option<&std::path::Path>, arguments: &[&str]| {
+        let mut command = std::process::Command::new(program("fastcontainer"));
+        command.args(arguments).args(["--api", &url]).arg("--state").arg(&nowhere);
+        if let Some(token) = token {
+            command.arg("--token-file").arg(token);
+        }
+        command.output().unwrap()
+    };
+    let afar = |arguments: &[&str]| {
+        let output = run(Some(&token), arguments);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{arguments:?}: {said}\n{}", host.log_tail());
+        String::from_utf8(output.stdout).unwrap()
+    };
+
+    assert!(afar(&["wake", "blog", "-v"]).contains("is ready on port 8080"));
+    for verb in [&["images"][..], &["logs", "blog"], &["nodes"], &["events", "--app", "blog", "--json"]] {
+        assert_eq!(afar(verb), host.ctl_ok(verb), "{verb:?}");
+    }
+    afar(&["limit", "blog", "--memory", "96MiB"]);
+    let line: Vec<Value> = serde_json::from_str(&afar(&["ps", "blog", "--json"])).unwrap();
+    assert_eq!((&line[0]["state"], &line[0]["memory_limit"]), (&"ready".into(), &(96 << 20).into()));
+    afar(&["scale", "blog", "--auto"]);
+    afar(&["usage"]);
+    afar(&["restart", "blog"]);
+    assert!(afar(&["stop", "blog"]).contains("is stopped"));
+    assert_eq!(host.states("blog"), ["absent"]);
+
+    let refused = |output: std::process::Output| {
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    assert_eq!(refused(run(Some(&token), &["stop", "none"])).0, Some(4));
+    let (code, said) = refused(run(None, &["ps"]));
+    assert!(code == Some(2) && said.contains("send a token"), "{said}");
+    let (code, said) = refused(run(Some(&token), &["drain", "web1"]));
+    assert!(code == Some(4) && said.contains("no host is called"), "{code:?} {said}");
+
+    // A folder, first looked at, then applied; with a fault nothing is done.
+    let conf = folder.path().join("conf.d");
+    fs::create_dir(&conf).unwrap();
+    let shop = Vhost::probe("shop");
+    fs::write(conf.join("shop.toml"), shop.text()).unwrap();
+    let conf = conf.to_string_lossy();
+    let diff = run(Some(&token), &["diff", &conf]);
+    assert_eq!(
+        (diff.status.code(), String::from_utf8_lossy(&diff.stdout).lines().next()),
+        (Some(1), Some("+ shop"))
+    );
+    assert_eq!(afar(&["apply", &conf]).lines().last(), Some("1 new, 0 changed, 0 removed"));
+    host.wait_for("the first visitor", || host.get(&shop, "/").status == 200);
+    assert!(run(Some(&token), &["diff", &conf]).status.success());
+    assert!(host.ctl_ok(&["apply", &conf]).contains("so already"), "root needs no token on the host itself");
+    fs::write(format!("{conf}/wiki.toml"), "server-name = 3").unwrap();
+    let (code, said) = refused(run(Some(&token), &["apply", &conf]));
+    assert!(
+        code == Some(1) && said.contains("nothing was done") && said.contains("wiki.toml:1:15"),
+        "{said}"
+    );
+    let many = refused(run(Some(std::path::Path::new("/nonexistent")), &["ps"]));
+    assert!(many.0 == Some(2) && many.1.contains("--token-file"), "{many:?}");
+
+    // A token that is made is one that opens.
+    let made = host.ctl_ok(&["token", "read", "pia", "--file", &served.tokens().to_string_lossy()]);
+    served.ask(made.trim(), "GET", "/v1/apps", None).expect_status(200);
+    problem(&served.ask(made.trim(), "POST", "/v1/apps/blog/stop", None), 403);
     served.end();
 }

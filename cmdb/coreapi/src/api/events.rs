@@ -23,7 +23,7 @@ use utoipa::IntoParams;
 use super::{
     Api,
     extract::{Asked, Json, Reader},
-    instances::named,
+    instances::{int64, named},
     problem::Problem,
 };
 use crate::link::Link;
@@ -41,6 +41,7 @@ pub(crate) struct Which {
     /// Only events after this number.
     since: u64,
     /// Only events about this app.
+    #[param(pattern = "^[a-z0-9][a-z0-9._-]{0,62}$")]
     app: Option<String>,
 }
 
@@ -52,7 +53,8 @@ pub(crate) async fn list(
     Asked(which): Asked<Which>,
 ) -> Result<Json<Vec<Event>>, Problem> {
     let app = named(which.app)?;
-    let events = api.list(Request::Events { since: which.since, follow: false }, |reply| match reply {
+    let since = int64("since", which.since)?;
+    let events = api.list(Request::Events { since, follow: false }, |reply| match reply {
         Reply::Event(event) if app.is_none() || event.app == app => Some(event),
         _ => None,
     });

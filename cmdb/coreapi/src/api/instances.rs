@@ -17,12 +17,19 @@ use super::{
     problem::{FieldError, Problem},
 };
 
+/// More of an app's output than is kept.
+const MOST_LINES: u32 = 100_000;
+/// As in a vhost file.
+const PIDS: std::ops::RangeInclusive<u32> = 1..=4_000_000;
+const MEMORY: std::ops::RangeInclusive<u64> = 1 << 20..=1 << 50;
+
 /// Only one app, or all.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(default, deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct Which {
     /// Only this app.
+    #[param(pattern = "^[a-z0-9][a-z0-9._-]{0,62}$")]
     app: Option<String>,
 }
 
@@ -75,7 +82,7 @@ pub(crate) struct NewLimits {
     #[schema(example = "512MiB")]
     memory: Option<String>,
     /// Processes and threads.
-    #[schema(minimum = 1)]
+    #[schema(minimum = 1, maximum = 4_000_000)]
     pids: Option<u32>,
     /// Before that: back to what the configuration says.
     reset: bool,
@@ -166,6 +173,17 @@ pub(crate) async fn limit(
     let mut faults = Vec::new();
     let cpu = quantity::<Millicores>("/cpu", limits.cpu.as_deref(), &mut faults).map(|cpu| cpu.0);
     let memory = quantity::<Bytes>("/memory", limits.memory.as_deref(), &mut faults).map(|memory| memory.0);
+    let fault = |pointer: &str, detail: &str| FieldError {
+        pointer: Some(pointer.to_owned()),
+        detail: detail.to_owned(),
+        ..FieldError::default()
+    };
+    if memory.is_some_and(|memory| !MEMORY.contains(&memory)) {
+        faults.push(fault("/memory", "\"memory\" is out of range: 1MiB to 1024TiB"));
+    }
+    if limits.pids.is_some_and(|pids| !PIDS.contains(&pids)) {
+        faults.push(fault("/pids", "\"pids\" is out of range: 1 to 4000000"));
+    }
     if !faults.is_empty() {
         return Err(Problem::invalid("these are no limits", faults));
     }
@@ -173,7 +191,11 @@ pub(crate) async fn limit(
         return Err(Problem::invalid("nothing is to change: give cpu, memory, pids or reset", Vec::new()));
     }
     let request = Request::Limit { app: app.clone(), cpu, memory, pids: limits.pids, reset: limits.reset };
-    done(&api, app, request, "limited").await
+    match done(&api, app, request, "limited").await {
+        // The kernel's word (less memory than is in use, say): no fault of this server.
+        Err(problem) if problem.is_internal() => Err(problem.as_conflict()),
+        done => done,
+    }
 }
 
 /// How many instances of the app run, until the configuration changes that. Role: operate.
@@ -208,6 +230,9 @@ pub(crate) async fn logs(
     Named(app): Named,
     Asked(how_much): Asked<HowMuch>,
 ) -> Result<Json<Vec<LogLine>>, Problem> {
+    if how_much.lines > MOST_LINES {
+        return Err(Problem::malformed(format!("lines: at most {MOST_LINES}")));
+    }
     let request = Request::Logs { app, lines: how_much.lines };
     let lines = api.list(request, |reply| match reply {
         Reply::Log(line) => Some(line),
@@ -227,6 +252,14 @@ pub(super) fn named(app: Option<String>) -> Result<Option<AppName>, Problem> {
         name.parse().map_err(|error: cmdb::app::NameError| Problem::malformed(format!("app: {error}")))
     };
     app.map(parse).transpose()
+}
+
+/// A number in a query, which the description says is an int64.
+pub(super) fn int64(name: &str, number: u64) -> Result<u64, Problem> {
+    match i64::try_from(number) {
+        Ok(_) => Ok(number),
+        Err(_) => Err(Problem::malformed(format!("{name}: the number is too large"))),
+    }
 }
 
 fn quantity<T: std::str::FromStr<Err: std::fmt::Display>>(

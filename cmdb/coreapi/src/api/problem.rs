@@ -96,6 +96,16 @@ impl Problem {
         self
     }
 
+    /// Whether this is told as a fault of ours.
+    pub(crate) fn is_internal(&self) -> bool {
+        self.status == StatusCode::INTERNAL_SERVER_ERROR.as_u16()
+    }
+
+    /// The same, told as a conflict with how things are.
+    pub(crate) fn as_conflict(&self) -> Self {
+        Self::conflict(self.detail.clone())
+    }
+
     /// The launcher is away for a moment, or this program is busy.
     pub(crate) fn away(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "away", detail).again_after(1)

@@ -13,7 +13,7 @@ use utoipa::IntoParams;
 use super::{
     Api,
     extract::{Asked, Json, Reader},
-    instances::named,
+    instances::{int64, named},
     problem::Problem,
 };
 
@@ -28,6 +28,7 @@ pub(crate) struct Which {
     #[param(inline)]
     by: Span,
     /// Only this app.
+    #[param(pattern = "^[a-z0-9][a-z0-9._-]{0,62}$")]
     app: Option<String>,
 }
 
@@ -57,7 +58,8 @@ pub(crate) async fn usage(
     State(api): State<Arc<Api>>,
     Asked(which): Asked<Which>,
 ) -> Result<Json<Vec<Usage>>, Problem> {
-    let request = Request::Usage { since_unix_s: which.since, by: which.by, app: named(which.app)? };
+    let request =
+        Request::Usage { since_unix_s: int64("since", which.since)?, by: which.by, app: named(which.app)? };
     let lines = api.list(request, |reply| match reply {
         Reply::Usage(line) => Some(line),
         _ => None,
