@@ -225,7 +225,6 @@ timeout = "5m"
 source = "blog/a"
 target = "/a"
 read-only = true
-exclusive = true
 quota = "1536MiB"
 [[volume]]
 source = "b"
