@@ -132,7 +132,7 @@ fn nobody_notices_that_redis_is_away_not_even_at_an_edge_that_starts_meanwhile()
     let mut lan = five(&[&blog, &shop]);
     lan.on("a").ctl_ok(&["stop", "shop"]);
     for name in ["e", "f"] {
-        let kept = lan.on(name).state.join("proxy/apps.last-known-good");
+        let kept = lan.on(name).state.join("proxy/cmdb.last-known-good");
         lan.on(name).wait_for("what is known to be kept", || kept.exists());
     }
 
