@@ -2,6 +2,7 @@
 
 mod cluster;
 mod folder;
+mod hang;
 mod leftovers;
 mod page;
 mod service;
@@ -89,7 +90,18 @@ pub(crate) async fn run(global: &Global, options: &cli::Up, out: &mut Output) ->
     let served = match started {
         Ok(()) => match announce(&answers(options), &vhosts, out) {
             Ok(()) | Err(Failure::ReaderLeft) => {
-                serve(&kept, &mut signals).await;
+                let watched = async {
+                    match kept.iter().find(|kept| kept.name() == LAUNCHER) {
+                        Some(launcher) => {
+                            hang::watch(&StateDir::new(&root).launcher_socket(), launcher).await
+                        }
+                        None => std::future::pending().await,
+                    }
+                };
+                tokio::select! {
+                    () = serve(&kept, &mut signals) => {}
+                    () = watched => {}
+                }
                 Ok(())
             }
             Err(failure) => Err(failure),

@@ -53,6 +53,8 @@ enum Order {
     Hangup,
     Stop,
     Kill,
+    /// It hangs: killed, and started again.
+    Hung,
 }
 
 impl Service {
@@ -119,7 +121,7 @@ impl Service {
                 tokio::select! {
                     () = sleep_until(until) => break,
                     order = orders.recv() => match order {
-                        Some(Order::Hangup) => {}
+                        Some(Order::Hangup | Order::Hung) => {}
                         Some(Order::Stop | Order::Kill) | None => return false,
                     },
                 }
@@ -145,6 +147,7 @@ impl Service {
                 }
                 order = orders.recv() => match order {
                     Some(Order::Hangup) => signal(child, Signal::SIGHUP),
+                    Some(Order::Hung) => signal(child, Signal::SIGKILL),
                     Some(Order::Stop) => {
                         stopping = true;
                         signal(child, Signal::SIGTERM);
@@ -183,6 +186,11 @@ impl Kept {
     /// Has it read its configuration again.
     pub(crate) fn hangup(&self) {
         let _ = self.orders.send(Order::Hangup);
+    }
+
+    /// Kills it, for it hangs; it is started again.
+    pub(crate) fn kill_hung(&self) {
+        let _ = self.orders.send(Order::Hung);
     }
 
     /// Resolves when the service ends by itself for the first time; how it ended.

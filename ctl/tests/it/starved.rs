@@ -66,6 +66,25 @@ fn a_launcher_that_hangs_holds_up_cold_apps_only_and_goes_on_where_it_was() {
 }
 
 #[test]
+fn a_launcher_that_hangs_for_good_is_replaced_and_its_apps_go_on() {
+    let (warm, cold) = (Vhost::probe("warm"), Vhost::probe("cold"));
+    let host = Host::up(&[&warm, &cold]);
+    let generation = host.get(&warm, "/").generation();
+    let hangs = host.pid_of("fastcontainer-launcher");
+
+    signal(&host, Signal::SIGSTOP);
+    host.wait_for("another launcher", || {
+        assert_eq!(host.get(&warm, "/").expect_status(200).generation(), generation);
+        host.find_pid_of("fastcontainer-launcher").is_some_and(|pid| pid != hangs)
+    });
+
+    assert!(host.log().contains("has not answered for"), "{}", host.log_tail());
+    host.wait_for("the cold app", || host.get(&cold, "/").status == 200);
+    assert_eq!(host.get(&warm, "/").expect_status(200).generation(), generation);
+    host.end();
+}
+
+#[test]
 fn a_launcher_without_descriptors_says_so_and_recovers() {
     let (warm, cold) = (Vhost::probe("warm"), Vhost::probe("cold"));
     let host = Host::up(&[&warm, &cold]);
