@@ -450,7 +450,7 @@ fn the_api_is_as_it_is_described_whatever_it_is_sent() {
         String::from_utf8_lossy(&output.stderr),
         served.host.log_tail()
     );
-    served.host.get(&Vhost::probe("blog"), "/").expect_status(200);
+    served.ask("all-of-it", "GET", "/v1/apps", None).expect_status(200);
     assert!(!served.host.log().contains("panicked"), "{}", served.host.log_tail());
     served.end();
 }
