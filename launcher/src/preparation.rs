@@ -111,7 +111,7 @@ async fn provision(host: Arc<Host>, app: Arc<App>) {
         }
         Ok(_) => {}
         Err(error) => {
-            if before.error != after.error || before.failures == 0 {
+            if provision::cause(&before.error) != provision::cause(&after.error) || before.failures == 0 {
                 tell("image-failed", &format!("is not provisioned: {}", again(&error.in_full(), &after)));
             }
         }

@@ -79,6 +79,12 @@ impl ProvisionError {
     }
 }
 
+/// What [`ProvisionError::in_full`] says without what the step said, in which there may be the time of day.
+#[must_use]
+pub fn cause(in_full: &str) -> &str {
+    in_full.split(SAID).next().unwrap_or_default()
+}
+
 /// The image of an app as its instances run it.
 ///
 /// # Errors
@@ -100,7 +106,7 @@ pub async fn resolve(host: &Arc<Host>, app: &Arc<App>) -> Result<Layers, Provisi
     if let Some(state) = failed
         && let Some(wait) = state.due.and_then(|due| due.checked_duration_since(Instant::now()))
     {
-        let why = state.error.split(SAID).next().unwrap_or_default().to_owned();
+        let why = cause(&state.error).to_owned();
         return Err(ProvisionError::Earlier { why, wait_s: wait.as_secs() + 1 });
     }
     prepare(host, app).await

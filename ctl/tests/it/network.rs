@@ -427,7 +427,7 @@ fn a_provisioning_step_reaches_what_its_app_may_reach_and_nothing_else() {
         let host = Host::up_with(&[file("open", "[\"db.internal:3306\"]"), file("closed", "\"none\"")]);
 
         host.wait_for("the one that may", || host.count("open", "image-provisioned") == 1);
-        host.wait_for("the one that may not", || host.count("closed", "image-failed") == 1);
+        host.wait_for("the one that may not", || host.count("closed", "image-failed") > 0);
         assert_eq!(host.count("closed", "image-provisioned"), 0);
         host.end();
     });
