@@ -50,7 +50,7 @@ use stored::Stored;
 const ATTEMPTS: usize = 64;
 
 /// How often a host tells that it is there.
-pub const HEARTBEAT: Duration = Duration::from_millis(500);
+pub const HEARTBEAT: Duration = Duration::from_millis(250);
 /// A host whose heartbeat has not changed for so long is taken for dead.
 pub const DEAD_AFTER: Duration = Duration::from_millis(1_500);
 /// The longest that a request may be kept waiting by Redis; then its host goes on without.

@@ -30,7 +30,7 @@ use crate::{
 /// How long to wait for a connection to another host.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long what was sent may stay unacknowledged: a host that was cut off has to be noticed within 2 s.
-const USER_TIMEOUT_MS: u32 = 1_500;
+const USER_TIMEOUT_MS: u32 = 1_000;
 /// A dispatcher keeps an idle connection for 60 s; so that a request never meets one that is just being closed, less.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Most times that a request goes to another host because the first one says that it is not its.

@@ -203,7 +203,10 @@ async fn ask_around(
         };
         match answer {
             Answer::Refused(refusal) if refusal.code == RefusalCode::Elsewhere => {
-                *hint = refusal.elsewhere;
+                // One that cannot be reached from here is dead, or will be thought so by all in a moment.
+                let hosts = &app.house().hosts;
+                let is_reached = |name: &String| hosts.is_own(name) || !hosts.remote(name).is_suspect();
+                *hint = refusal.elsewhere.filter(is_reached);
                 return Answer::Again;
             }
             // Others may have room, or know it.

@@ -87,7 +87,10 @@ impl Lan {
     /// One request to the proxy of that machine, from the machine itself.
     pub(crate) fn ask(&self, name: &str, request: &Request) -> Result<Response, Broken> {
         let port = self.on(name).port;
-        self.within(name, || Connection::open(port).exchange(request))
+        self.within(name, || match Connection::try_open(port) {
+            Ok(mut connection) => connection.exchange(request),
+            Err(error) => Err(Broken::NoAnswer(error.to_string())),
+        })
     }
 
     /// Runs something with the network of that machine.
