@@ -363,8 +363,7 @@ impl AppRuntime {
         }
     }
 
-    /// Something is wrong with this instance: it is not picked until the launcher says that it is well, or for two seconds.
-    pub fn suspect(self: &Arc<Self>, upstream: &Upstream, reason: String) {
+    fn suspect(self: &Arc<Self>, upstream: &Upstream, reason: String) {
         if upstream.suspect(reason) {
             let mut known = self.known();
             if let Some((_, since)) = known.upstreams.get_mut(&upstream.generation) {

@@ -29,6 +29,8 @@ const BURST: u32 = 100;
 const BREACH_RESPONSES: u32 = 4;
 /// An instance's breach is told this often at most.
 const BREACH_EVERY_MS: u64 = 50;
+/// How long an instance is passed over whose host says that it does not have it, ms.
+const MISSING_MS: u64 = 2_000;
 /// Tells two instances apart in Pingora's connection pool, whose key knows nothing of namespaces: never the same twice in a process.
 static NEXT_GROUP_KEY: AtomicU64 = AtomicU64::new(1);
 
@@ -85,7 +87,11 @@ enum Reach {
     /// It runs on this host: through sockets that were born in its network namespace.
     Here { stock: Arc<Stock>, peer: Box<HttpPeer>, upgrade_peer: Box<HttpPeer> },
     /// By way of the dispatcher of the host that it runs on. Its launcher hears of it from there.
-    There(Arc<Remote>),
+    There {
+        remote: Arc<Remote>,
+        /// Until when it is passed over, ms since [`Upstream::known`]; 0: it is not.
+        missing_until: AtomicU64,
+    },
 }
 
 /// A key of Pingora's connection pool that nobody else has.
@@ -131,7 +137,8 @@ impl Upstream {
         fitness: Fitness,
         commands: mpsc::UnboundedSender<Command>,
     ) -> Self {
-        Self::reached_by(Reach::There(remote), app, generation, fitness, commands)
+        let reach = Reach::There { remote, missing_until: AtomicU64::new(0) };
+        Self::reached_by(reach, app, generation, fitness, commands)
     }
 
     fn reached_by(
@@ -166,7 +173,7 @@ impl Upstream {
     #[must_use]
     pub fn fitness(&self) -> Fitness {
         match self.fitness.load(SeqCst) {
-            0 if self.remote().is_some_and(|remote| !remote.is_fit()) => Fitness::Suspect,
+            0 if !self.is_within_reach() => Fitness::Suspect,
             0 => Fitness::Ready,
             1 => Fitness::Suspect,
             2 => Fitness::Frozen,
@@ -248,6 +255,9 @@ impl Upstream {
 
     /// It may be picked (again), unless it is ending.
     pub fn revive(&self) -> bool {
+        if let Reach::There { missing_until, .. } = &self.reach {
+            missing_until.store(0, Relaxed);
+        }
         self.fitness
             .fetch_update(SeqCst, SeqCst, |now| {
                 (now <= Fitness::Frozen as u8).then_some(Fitness::Ready as u8)
@@ -255,10 +265,31 @@ impl Upstream {
             .is_ok()
     }
 
+    /// Its host says that it does not have it (any more): it is passed over until the CMDB has told, or for a moment.
+    pub fn is_missing(&self) {
+        if let Reach::There { missing_until, .. } = &self.reach {
+            missing_until.store(self.age_ms() + MISSING_MS, Relaxed);
+        }
+    }
+
+    fn is_within_reach(&self) -> bool {
+        match &self.reach {
+            Reach::Here { .. } => true,
+            Reach::There { remote, missing_until } => {
+                let until = missing_until.load(Relaxed);
+                remote.is_fit() && (until == 0 || self.age_ms() >= until)
+            }
+        }
+    }
+
+    fn age_ms(&self) -> u64 {
+        u64::try_from(self.known.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
     /// Connecting to it failed. Returns whether it was thought fit.
     pub fn suspect(&self, reason: String) -> bool {
         let changed = self.swap_from_ready(Fitness::Suspect);
-        if changed && self.is_here() {
+        if changed {
             let (app, generation) = (self.app.clone(), self.generation);
             let _ = self.commands.send(Command::Suspect { app, generation, reason });
         }
@@ -347,7 +378,7 @@ impl Upstream {
         match &self.reach {
             Reach::Here { upgrade_peer, .. } if upgrade => Some(upgrade_peer.clone()),
             Reach::Here { peer, .. } => Some(peer.clone()),
-            Reach::There(remote) => remote.peer(upgrade),
+            Reach::There { remote, .. } => remote.peer(upgrade),
         }
     }
 
@@ -356,7 +387,7 @@ impl Upstream {
     pub fn stock(&self) -> Option<&Arc<Stock>> {
         match &self.reach {
             Reach::Here { stock, .. } => Some(stock),
-            Reach::There(_) => None,
+            Reach::There { .. } => None,
         }
     }
 
@@ -365,7 +396,7 @@ impl Upstream {
     pub fn remote(&self) -> Option<&Arc<Remote>> {
         match &self.reach {
             Reach::Here { .. } => None,
-            Reach::There(remote) => Some(remote),
+            Reach::There { remote, .. } => Some(remote),
         }
     }
 
@@ -404,7 +435,10 @@ impl Upstream {
 
 #[cfg(test)]
 mod tests {
+    use cmdb::compute::{Compute, Node};
+
     use super::*;
+    use crate::{config::Cluster, nodes::Hosts};
 
     fn upstream() -> (Upstream, mpsc::UnboundedReceiver<Command>) {
         let (commands, heard) = mpsc::unbounded_channel();
@@ -469,6 +503,27 @@ mod tests {
         assert!(!upstream.enter(u32::MAX, true), "some were answered, others follow one by one");
         upstream.allow_burst();
         assert!(upstream.enter(u32::MAX, true), "none was answered for a while: they may be long polls");
+    }
+
+    #[test]
+    fn an_instance_that_its_host_does_not_have_is_passed_over_until_it_is_found() {
+        let (commands, mut heard) = mpsc::unbounded_channel();
+        let config = Config::new(launcher_client::paths::StateDir::new("/nowhere"));
+        let hosts = Hosts::new(&Config { cluster: Some(Cluster::default()), ..config }, Instant::now());
+        let there = hosts.remote("b");
+        let app = "blog".parse().unwrap();
+        let there = Upstream::elsewhere(&app, Generation(7), there, Fitness::Ready, commands);
+        assert!(!there.enter(9, false), "nobody has told of its host");
+        let compute = Compute { name: "b".into(), dispatch: "192.0.2.1:1".into(), ..Compute::default() };
+        hosts.learn([Node { compute, alive: true, ..Node::default() }].into());
+        assert!(there.enter(9, false));
+        there.is_missing();
+        assert!(!there.enter(9, false));
+        assert!(there.revive() && there.enter(9, false));
+        there.drain();
+        there.leave();
+        there.leave();
+        assert!(heard.try_recv().is_err(), "its own host tells its launcher");
     }
 
     #[test]

@@ -142,7 +142,7 @@ pub fn broken_off(session: &Session, ctx: &mut Ctx, mut error: Box<Error>) -> Bo
         && let (Some(app), Some(lease)) = (&ctx.app, &ctx.lease)
     {
         if ctx.misdirected {
-            app.suspect(&lease.upstream, "its host does not have it".to_owned());
+            lease.upstream.is_missing();
         } else if remote::is_unreachable(&error) {
             app.unreachable(&lease.upstream, error.to_string());
         }
