@@ -149,7 +149,7 @@ impl ProxyHttp for FastContainer {
 
     async fn request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> pingora::Result<bool> {
         let received = match self.entrance {
-            Entrance::Front => resolve::resolve(&self.house, session, ctx).map(|()| false),
+            Entrance::Front => resolve::resolve(&self.house, session, ctx).await.map(|()| false),
             Entrance::Dispatch => dispatch::receive(&self.house, session, ctx).await,
         };
         match received.and_then(|answered| admit::admit(&self.house, ctx).map(|()| answered)) {

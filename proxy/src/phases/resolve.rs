@@ -1,15 +1,22 @@
 //! Which app is meant, and is the request fit to be passed on? What two HTTP parsers could read differently is refused,
 //! since the app's parser is another one than ours.
 
-use std::sync::{Arc, atomic::Ordering::SeqCst};
+use std::{
+    sync::{Arc, atomic::Ordering::SeqCst},
+    time::Duration,
+};
 
 use cmdb::cache::canonical_host;
 use http::{HeaderName, Method, Version, header};
 use pingora::{http::RequestHeader, proxy::Session};
+use tokio::time::{Instant, sleep};
 
 use super::{Ctx, client_ip};
 use crate::{house::House, pages::Fault, telemetry::RequestId, tenant::AppRuntime};
 
+/// How long a proxy without any routes lets a request wait for them.
+const NEWS_WITHIN: Duration = Duration::from_secs(2);
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// Asks for `Server-Timing` and the instance in the response.
 pub const TIMING: HeaderName = HeaderName::from_static("x-fastcontainer-timing");
 /// A request's id.
@@ -21,11 +28,18 @@ pub(crate) const INTERNAL: &str = "x-fastcontainer-";
 ///
 /// # Errors
 /// What is wrong with the request.
-pub fn resolve(house: &House, session: &mut Session, ctx: &mut Ctx) -> Result<(), Fault> {
+pub async fn resolve(house: &House, session: &mut Session, ctx: &mut Ctx) -> Result<(), Fault> {
     ctx.client = client_ip(session);
     ctx.https = session.digest().is_some_and(|digest| digest.ssl_digest.is_some());
     check(session, ctx)?;
-    ctx.app = Some(find(house, session.req_header())?);
+    let mut found = find(house, session.req_header());
+    let end = Instant::now() + NEWS_WITHIN;
+    while matches!(found, Err(Fault::LauncherGone)) && Instant::now() < end {
+        // A proxy that has just begun: what it will know in a moment is nobody's error now.
+        sleep(LOOK_EVERY).await;
+        found = find(house, session.req_header());
+    }
+    ctx.app = Some(found?);
     Ok(())
 }
 
