@@ -10,7 +10,7 @@ use std::{
 use cmdb::{AppName, Generation, placement};
 use http::StatusCode;
 use launcher_client::{
-    ClientError,
+    Client, ClientError,
     wire::{Refusal, RefusalCode, Request, WakeTiming},
 };
 use pingora::{connectors::http::Connector, http::RequestHeader};
@@ -128,6 +128,10 @@ pub(crate) async fn for_another(
 ) {
     let said = match connection(&mut line).await {
         None => Verdict::Refused(Refusal::new(RefusalCode::Internal, "the launcher cannot be reached")),
+        // What whoever asks could not reach, the launcher does not send it to.
+        Some(client) if tell_unreachable(&house, &client).await.is_err() => {
+            Verdict::Refused(Refusal::new(RefusalCode::Internal, "the launcher cannot be reached"))
+        }
         Some(client) => match client.wake(&name, *WAKE_SOCKETS.start()).await {
             Ok(woken) => {
                 let (generation, timing) = (woken.generation, woken.timing.clone());
@@ -257,8 +261,7 @@ async fn here(app: &Arc<AppRuntime>, line: &mut Line, patiently: bool) -> Answer
         return Answer::Silent;
     }
     let Some(client) = connection(line).await else { return Answer::Again };
-    let nodes = app.house().hosts.suspects();
-    if !nodes.is_empty() && client.tell(Request::Unreachable { nodes }).await.is_err() {
+    if tell_unreachable(app.house(), &client).await.is_err() {
         return Answer::Silent;
     }
     match client.wake(&app.name, sockets_for(app)).await {
@@ -274,6 +277,14 @@ async fn here(app: &Arc<AppRuntime>, line: &mut Line, patiently: bool) -> Answer
             tracing::debug!(app = %app.name, %error, "the wake got no answer; trying again");
             Answer::Silent
         }
+    }
+}
+
+/// Which hosts this proxy cannot reach, for the launcher to know before it decides.
+async fn tell_unreachable(house: &House, client: &Client) -> Result<(), ClientError> {
+    match house.hosts.suspects() {
+        nodes if nodes.is_empty() => Ok(()),
+        nodes => client.tell(Request::Unreachable { nodes }).await,
     }
 }
 

@@ -180,11 +180,21 @@ impl Supervisor {
                 self.tell_again(generation).await;
             }
         }
+        self.give_up_lost(&record).await;
         let unknown = record.instances.values().filter(|i| i.node == self.host.node);
         let unknown: Vec<Instance> =
             unknown.filter(|i| !self.running.contains_key(&i.generation)).cloned().collect();
         for instance in unknown {
             self.take_up(&instance).await;
+        }
+    }
+
+    /// What hosts had that are lost is given up where something serves in its place: should they come back, they end it.
+    async fn give_up_lost(&self, record: &AppRecord) {
+        let lost = self.lost();
+        let has_lost = record.instances.values().any(|i| lost.contains(&i.node));
+        if has_lost && self.running.values().any(Running::is_ready) {
+            drop(self.apply(Transition::GiveUp { lost }).await);
         }
     }
 
