@@ -124,6 +124,13 @@ impl Lan {
         }
     }
 
+    /// `SIGSTOP` or `SIGCONT`.
+    pub(crate) fn signal_redis(&self, signal: nix::sys::signal::Signal) {
+        let redis = self.redis.as_ref().expect("a Redis that runs");
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(redis.id()).expect("a pid"));
+        nix::sys::signal::kill(pid, signal).expect("signal redis-server");
+    }
+
     /// An empty one takes its place.
     pub(crate) fn start_redis(&mut self) {
         self.redis = Some(self.serve_redis());

@@ -91,14 +91,12 @@ fn a_host_that_is_cut_off_costs_no_request_and_comes_back_without_its_old_instan
 
     let ((), visits) = visited(&lan, &blog, || {
         lan.cut(old);
-
         witness.wait_for("another host to run it", || {
             let now = ready_on(witness, "blog");
             now.iter().any(|node| node != old)
         });
     });
     println!("{} visits, the longest {:?}", visits.answered, visits.longest);
-    std::fs::write("/tmp/w.log", witness.log()).unwrap();
     assert_eq!(visits.failed, Vec::<String>::new());
 
     witness.wait_for("the host to be given up", || !ready_on(witness, "blog").contains(old));
@@ -141,6 +139,9 @@ fn nobody_notices_that_redis_is_away_not_even_at_an_edge_that_starts_meanwhile()
 
     lan.stop_redis();
     let ((), visits) = visited(&lan, &blog, || {
+        if std::env::var("FC_CHAOS").is_ok_and(|form| form == "long") {
+            std::thread::sleep(Duration::from_secs(60));
+        }
         // A proxy of an edge dies and comes again, with nobody to ask.
         let edge = lan.on("f");
         let proxy = edge.pid_of("fastcontainer-proxy");
@@ -163,5 +164,37 @@ fn nobody_notices_that_redis_is_away_not_even_at_an_edge_that_starts_meanwhile()
             lan.on(host).wait_for("all to agree on one instance", || ready_on(lan.on(host), app).len() == 1);
         }
     }
+    lan.end();
+}
+
+#[test]
+fn nobody_notices_that_redis_hangs_nor_that_it_has_forgotten_everything() {
+    let (blog, shop) = (Vhost::probe("blog"), Vhost::probe("shop"));
+    let lan = five(&[&blog, &shop]);
+    let a = lan.on("a");
+    let agree = || {
+        for host in ["a", "b", "c"].map(|name| lan.on(name)) {
+            for app in ["blog", "shop"] {
+                host.wait_for("all to agree on one instance", || ready_on(host, app).len() == 1);
+            }
+        }
+    };
+    a.ctl_ok(&["stop", "shop"]);
+
+    let ((), visits) = visited(&lan, &blog, || {
+        lan.signal_redis(Signal::SIGSTOP);
+        a.wait_for("the silence to be noticed", || a.events_of_host("cmdb-lost") > 0);
+        assert_eq!(lan.ask("e", &get(&shop.host(), "/")).unwrap().status, 200, "a cold app, meanwhile");
+        lan.signal_redis(Signal::SIGCONT);
+        a.wait_for("Redis to be back", || a.events_of_host("cmdb-back") > 0);
+        agree();
+        lan.redis_cli(&["FLUSHALL"]);
+        a.wait_for("what it has forgotten to be told again", || {
+            lan.redis_cli(&["KEYS", "fc:{*}"]).lines().count() == 2
+        });
+        agree();
+    });
+
+    assert_eq!(visits.failed, Vec::<String>::new());
     lan.end();
 }
