@@ -148,6 +148,7 @@ mod tests {
         assert_eq!(memory.lock().slots.len(), ANSWERS);
         let Turn::Do(doing) = memory.turn(key("large"), [1; 32]) else { panic!("large") };
         doing.answered(answer(BYTES + 1));
-        assert_eq!((memory.lock().slots.len(), memory.lock().bytes), (0, 0));
+        let inner = memory.lock();
+        assert_eq!((inner.slots.len(), inner.bytes), (0, 0));
     }
 }

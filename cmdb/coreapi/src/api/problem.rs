@@ -29,6 +29,9 @@ pub(crate) struct Problem {
     /// Each fault of what was sent, all at once.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     errors: Vec<FieldError>,
+    /// The host that has what was asked for: ask its API.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    elsewhere: Option<String>,
     /// Seconds after which it makes sense to try again.
     #[serde(skip_serializing_if = "Option::is_none")]
     retry_after: Option<u64>,
@@ -69,6 +72,7 @@ impl Problem {
             code,
             detail: detail.into(),
             errors: Vec::new(),
+            elsewhere: None,
             retry_after: None,
         }
     }
@@ -184,6 +188,10 @@ impl From<Refusal> for Problem {
             RefusalCode::Forbidden | RefusalCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         };
         let retry_after = refusal.retry_after_ms.map(|ms| ms.div_ceil(1000).max(1));
-        Self { retry_after, ..Self::new(status, refusal.code.as_str(), refusal.message) }
+        Self {
+            retry_after,
+            elsewhere: refusal.elsewhere,
+            ..Self::new(status, refusal.code.as_str(), refusal.message)
+        }
     }
 }

@@ -94,10 +94,10 @@ impl Tokens {
         match load(&self.path) {
             Ok(loaded) => *read = loaded,
             Err(error) => {
-                let untold = !read.entries.is_empty() || read.stamp.is_some();
-                *read = Read::default();
-                if untold {
-                    read.faults.push(format!("{}: {error}; nobody is let in", self.path.display()));
+                // Told once: what cannot be read has no stamp.
+                if read.stamp.is_some() {
+                    let fault = format!("{}: {error}; nobody is let in", self.path.display());
+                    *read = Read { faults: vec![fault], ..Read::default() };
                 }
             }
         }
