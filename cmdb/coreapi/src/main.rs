@@ -1,5 +1,9 @@
 //! `fastcontainer-coreapi`: watches `conf.d/` and keeps the CMDB's configuration in step with it; serves the API.
 #![forbid(unsafe_code)]
+#![allow(
+    clippy::result_large_err,
+    reason = "a problem is made once, where a request has failed, and goes straight into its answer"
+)]
 
 mod api;
 mod applier;

@@ -13,8 +13,8 @@ use proptest::test_runner::TestRunner;
 
 use crate::damage::{cases, corpus, damaged};
 
-/// A private view of the machine, in which only a new `/tmp` can be written; then the test below.
-const CONFINE: &str = "mount -t tmpfs tmpfs /tmp && mount -o remount,bind,ro / && exec \"$0\" \
+/// A private view of the machine, in which only a new `/mnt` can be written; then the test below.
+const CONFINE: &str = "mount -t tmpfs tmpfs /mnt && mount -o remount,bind,ro / && exec \"$0\" \
                        --exact archives::unpacking_in_a_confined_view --ignored --nocapture";
 
 const BOUNDS: Bounds = Bounds { entries: 5_000, bytes: 16 << 20, depth: 32 };
@@ -28,7 +28,7 @@ fn no_archive_changes_anything_outside_its_image_or_makes_the_launcher_panic() {
     let output = Command::new("unshare")
         .args(["--mount", "--propagation", "private", "sh", "-c", CONFINE])
         .arg(std::env::current_exe().unwrap())
-        .env("TMPDIR", "/tmp")
+        .env("TMPDIR", "/mnt")
         .output()
         .expect("util-linux is installed");
     let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
@@ -40,23 +40,23 @@ fn no_archive_changes_anything_outside_its_image_or_makes_the_launcher_panic() {
 #[ignore = "the test above runs it in a view of its own"]
 fn unpacking_in_a_confined_view() {
     assert!(fs::write("/etc/fc-fuzz", "").is_err(), "only in the confined view");
-    fs::create_dir_all("/tmp/host/folder").unwrap();
-    fs::write("/tmp/host/secret", "secret").unwrap();
-    let before = tree(Path::new("/tmp/host"));
+    fs::create_dir_all("/mnt/host/folder").unwrap();
+    fs::write("/mnt/host/secret", "secret").unwrap();
+    let before = tree(Path::new("/mnt/host"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let unpack = |bytes: Vec<u8>| {
-        let (begun, images) = (Instant::now(), Path::new("/tmp/work/images"));
+        let (begun, images) = (Instant::now(), Path::new("/mnt/work/images"));
         fs::create_dir_all(images).unwrap();
         // Nothing is fetched here, so the folder for that need not be another one.
         let options = Options { bounds: BOUNDS, ..Options::new("/nonexistent".into(), images.to_owned()) };
         let store = ImageStore::new(images, options).unwrap();
-        fs::write("/tmp/work/image.tar", bytes).unwrap();
-        let unpacked = runtime.block_on(store.resolve("tar:/tmp/work/image.tar"));
-        assert_eq!(tree(Path::new("/tmp/host")), before);
-        let top: Vec<_> = fs::read_dir("/tmp").unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        fs::write("/mnt/work/image.tar", bytes).unwrap();
+        let unpacked = runtime.block_on(store.resolve("tar:/mnt/work/image.tar"));
+        assert_eq!(tree(Path::new("/mnt/host")), before);
+        let top: Vec<_> = fs::read_dir("/mnt").unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(top.len(), 2, "{top:?}");
         let in_work: Vec<_> =
-            fs::read_dir("/tmp/work").unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            fs::read_dir("/mnt/work").unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(in_work.len(), 2, "{in_work:?}");
         match unpacked {
             Ok(layers) => no_device_is_in(&images.join(&layers.id)),
@@ -66,7 +66,7 @@ fn unpacking_in_a_confined_view() {
                 assert_eq!(fs::read_dir(images).unwrap().count(), 0, "a refused one leaves nothing: {error}");
             }
         }
-        fs::remove_dir_all("/tmp/work").unwrap();
+        fs::remove_dir_all("/mnt/work").unwrap();
         assert!(begun.elapsed() < PATIENCE, "{:?}", begun.elapsed());
     };
     corpus("archives").into_iter().for_each(unpack);
