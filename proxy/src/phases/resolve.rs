@@ -32,15 +32,23 @@ pub async fn resolve(house: &House, session: &mut Session, ctx: &mut Ctx) -> Res
     ctx.client = client_ip(session);
     ctx.https = session.digest().is_some_and(|digest| digest.ssl_digest.is_some());
     check(session, ctx)?;
-    let mut found = find(house, session.req_header());
-    let end = Instant::now() + NEWS_WITHIN;
-    while matches!(found, Err(Fault::LauncherGone)) && Instant::now() < end {
-        // A proxy that has just begun: what it will know in a moment is nobody's error now.
-        sleep(LOOK_EVERY).await;
-        found = find(house, session.req_header());
-    }
-    ctx.app = Some(found?);
+    ctx.app = Some(match find(house, session.req_header()) {
+        Err(Fault::LauncherGone) => find_soon(house, session.req_header()).await?,
+        found => found?,
+    });
     Ok(())
+}
+
+/// A proxy that has just begun: what it will know in a moment is nobody's error now.
+async fn find_soon(house: &House, request: &RequestHeader) -> Result<Arc<AppRuntime>, Fault> {
+    let end = Instant::now() + NEWS_WITHIN;
+    loop {
+        sleep(LOOK_EVERY).await;
+        match find(house, request) {
+            Err(Fault::LauncherGone) if Instant::now() < end => {}
+            found => return found,
+        }
+    }
 }
 
 /// Whether the request is fit to be passed on; what of it is ours alone is noted, and taken out.
