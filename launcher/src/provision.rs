@@ -137,13 +137,15 @@ pub async fn prepare(host: &Arc<Host>, app: &Arc<App>) -> Result<Layers, Provisi
 async fn follow(host: &Arc<Host>, app: &Arc<App>, recipe: &Recipe) -> Result<Layers, ProvisionError> {
     let image = host.images.at_hand(recipe).await?;
     let names = recipe.names(&image.id);
+    // Held while the next step is made on it, so that nobody removes it from beneath.
+    let mut made: Option<Layers> = None;
     for step in 0..names.len() {
         let _turn = host.images.turn(&names[step]).await;
-        if host.images.with_steps(&image, &names[..=step]).is_some() {
+        if let Some(layers) = host.images.with_steps(&image, &names[..=step]) {
+            made = Some(layers);
             continue;
         }
-        let below = host.images.with_steps(&image, &names[..step]);
-        do_step(host, app, recipe, below.as_ref().unwrap_or(&image), step, &names[step]).await.map_err(
+        do_step(host, app, recipe, made.as_ref().unwrap_or(&image), step, &names[step]).await.map_err(
             |failure| ProvisionError::Step {
                 step: step + 1,
                 of: names.len(),
@@ -151,8 +153,9 @@ async fn follow(host: &Arc<Host>, app: &Arc<App>, recipe: &Recipe) -> Result<Lay
                 failure,
             },
         )?;
+        made = Some(host.images.with_steps(&image, &names[..=step]).ok_or_else(gone)?);
     }
-    let layers = host.images.with_steps(&image, &names).ok_or_else(gone)?;
+    let layers = made.ok_or_else(gone)?;
     host.images.provisioned(recipe, &layers, &names)?;
     Ok(layers)
 }

@@ -182,7 +182,7 @@ pub(super) const KEYS: &[Key] = &[
         "true or false",
         "false",
         "true",
-        "Whether no more than one instance at a time may have it, on whichever host: for what cannot be shared, such as an SQLite file. `scale.max` must be 1, and an instance is replaced only when the old one has ended. A host that is cut off from the CMDB ends it after 5 s; others take over after 10 s.",
+        "Whether no more than one instance at a time may have it, on whichever host: for what cannot be shared, such as an SQLite file. `scale.max` must be 1, and an instance is replaced only when the old one has ended. A host that is cut off from the CMDB ends it after 5 s, if its launcher runs; others take over after 10 s.",
     ),
     key(
         "volume",

@@ -65,7 +65,11 @@ impl Home {
             return Ok(Self::Embedded);
         }
         if let Some(path) = text.strip_prefix(FILE) {
-            return Self::find(&read(Path::new(path))?);
+            // What a file leaves out must not make a host of a cluster one on its own.
+            return match Self::find(&read(Path::new(path))?)? {
+                Self::Embedded => Err(HomeError::Unknown(format!("what {path} holds"))),
+                redis => Ok(redis),
+            };
         }
         let scheme = text.split_once("://").map(|(scheme, _)| scheme);
         if scheme.is_some_and(|scheme| scheme.starts_with("redis")) {
@@ -84,7 +88,7 @@ impl Home {
             let login = rest.rsplit_once('@').map_or("", |(login, _)| login);
             login.split_once(':').is_some_and(|(_, password)| !password.is_empty())
         });
-        if has_password && std::env::args().any(|argument| argument.contains(text)) {
+        if has_password && std::env::args_os().any(|argument| argument.to_string_lossy().contains(text)) {
             return Err(HomeError::Password);
         }
         Self::find(text)

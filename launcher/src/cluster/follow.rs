@@ -75,10 +75,14 @@ impl Follower {
 
     /// An app is new, or its configuration is.
     fn configured(&mut self, app: &Arc<App>, record: &AppRecord) {
+        let (host, name) = (&self.host, &app.name);
         if !self.begun {
+            // What was adopted may have begun with what this launcher remembered, and another host has changed it since.
+            if let Some(supervisor) = host.running_supervisor(name) {
+                let _ = supervisor.send(Message::Spec(Arc::clone(app)));
+            }
             return;
         }
-        let (host, name) = (&self.host, &app.name);
         // Only a file that is in force ends what the operator has set.
         for key in tokio::task::block_in_place(|| host.overrides.settle(app)) {
             let message =

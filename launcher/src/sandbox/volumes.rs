@@ -43,10 +43,12 @@ fn open_one(pool: &OwnedFd, volume: &VolumePlan, userns: BorrowedFd<'_>) -> Resu
     })?;
     // What was opened, not what bears the name by now.
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let limited = rustix::fs::openat(&directory, c".", flags, Mode::empty())?;
-    match volume.quota {
-        Some(bytes) => quota::limit(limited.as_fd(), bytes)?,
-        None => quota::lift(limited.as_fd()),
+    let opened = rustix::fs::openat(&directory, c".", flags, Mode::empty());
+    match (volume.quota, opened) {
+        (Some(bytes), opened) => quota::limit(opened?.as_fd(), bytes)?,
+        (None, Ok(opened)) => quota::lift(opened.as_fd()),
+        // Root may not read it there (NFS with root_squash): it has no quota of ours either.
+        (None, Err(_)) => {}
     }
     mount::volume(directory.as_fd(), userns, volume.read_only)
 }

@@ -294,6 +294,9 @@ impl Supervisor {
 
     /// New configuration: limits change at once, what runs is replaced if it is to run differently.
     pub(super) async fn spec(&mut self, file: Arc<App>) {
+        if file == self.file {
+            return;
+        }
         self.file = file;
         let old = self.take_overrides();
         // Back-off is about a configuration that failed; this is another one.

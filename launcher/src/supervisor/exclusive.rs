@@ -1,7 +1,8 @@
 //! Apps with an exclusive volume: never two instances at a time, on whichever hosts.
 //!
 //! There is no lock that a dead host could keep. A host that the CMDB has not heard for [`UNHEARD`] ends its instance itself;
-//! others take a host for lost, as far as such apps go, only after [`LOST_AFTER`], when that is done for certain.
+//! others take a host for lost, as far as such apps go, only after [`LOST_AFTER`], when that is done. It is this daemon that does it:
+//! one that is away itself for longer than that, while its containers live on under the spawner, cannot.
 
 use std::time::Duration;
 
