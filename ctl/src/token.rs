@@ -16,6 +16,9 @@ pub(crate) fn run(options: &api::Token, out: &mut Output) -> Result<(), Failure>
     if name.is_empty() || name.len() > 64 || name.chars().any(|c| c.is_whitespace() || c.is_control()) {
         return Err(Failure::usage("a token's name has 1 to 64 characters without spaces"));
     }
+    if ["root", "-"].contains(&name.as_str()) {
+        return Err(Failure::usage("that name is one that the audit log uses itself"));
+    }
     let mut random = [0_u8; 32];
     File::open("/dev/urandom")
         .and_then(|mut urandom| urandom.read_exact(&mut random))
@@ -26,7 +29,10 @@ pub(crate) fn run(options: &api::Token, out: &mut Output) -> Result<(), Failure>
         let mut file = std::fs::OpenOptions::new();
         // It holds hashes of random numbers, and the CoreAPI's user must read it.
         let appended = file.create(true).append(true).mode(0o644).open(path);
-        let appended = appended.and_then(|mut file| writeln!(file, "{line}"));
+        // A file whose last line has no end would swallow this one.
+        let open_end = std::fs::read(path).is_ok_and(|text| text.last().is_some_and(|byte| *byte != b'\n'));
+        let start = if open_end { "\n" } else { "" };
+        let appended = appended.and_then(|mut file| writeln!(file, "{start}{line}"));
         appended.map_err(|error| Failure::failed(format!("{}: {error}", path.display())))?;
     }
     if out.is_json() {

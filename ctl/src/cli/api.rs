@@ -80,8 +80,8 @@ pub(crate) struct Diff {
 }
 
 pub(crate) const TOKEN: &str = "\
-Roles: `read` sees what runs (no environments, no output of apps), `operate` also wakes, stops, scales and limits, `admin` also
-configures. The token is shown once; the file holds its SHA-256 only. A line that is taken out revokes its token at once.
+Roles: `read` sees what runs (no environments, no output of apps but the last line of one that failed), `operate` also wakes, stops, scales and limits, `admin` also
+configures. The token is shown once; the file holds its SHA-256 only. A line that is taken out revokes its token from the next request on.
 
 Examples:
   sudo fastcontainer token admin anna --file /etc/fastcontainer/tokens > anna.token

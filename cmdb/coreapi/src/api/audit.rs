@@ -71,7 +71,7 @@ impl Audit {
     pub(crate) fn write(&self, entry: &Entry<'_>) {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let mut text = String::new();
-        if matches!(entry.status, 401 | 403) {
+        if (400..500).contains(&entry.status) {
             if inner.minute.elapsed() >= Duration::from_secs(60) {
                 if inner.unwritten > 0 {
                     text = format!(

@@ -78,37 +78,51 @@ pub(crate) async fn gate(State(api): State<Arc<Api>>, mut request: Request, next
         request.extensions_mut().insert(caller.clone());
     }
     let passed = pass(Arc::clone(&api), caller.clone(), request, next);
-    let response = if is_change(&method) {
-        // In a task of its own: what has begun is finished, also when whoever asked for it leaves.
-        tokio::spawn(passed).await.unwrap_or_else(|_| {
-            Problem::new(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                "internal",
-                "this request failed; the log says more",
-            )
-            .into_response()
-        })
-    } else {
-        passed.await
-    };
-    let status = response.status();
-    if is_change(&method) || matches!(status.as_u16(), 401 | 403) {
-        let nobody = Caller { name: ANONYMOUS.into(), role: Role::Read };
-        let known = caller.is_ok();
-        let caller = caller.unwrap_or(nobody);
-        api.audit.write(&Entry {
-            at_unix_ms: unix_ms(),
-            request_id: &id,
-            who: &caller.name,
-            role: if known { caller.role.as_str() } else { ANONYMOUS },
-            from: &peer.map(|peer| peer.to_string()).unwrap_or_default(),
-            what: what.get(..what.len().min(1024)).unwrap_or_default(),
-            status: status.as_u16(),
-            detail: response.extensions().get::<Told>().map_or("", |told| told.0.as_str()),
-            took_ms: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
-        });
+    if !is_change(&method) {
+        let response = passed.await;
+        if matches!(response.status().as_u16(), 401 | 403) {
+            record(&api, caller, peer, &what, &id, begun, &response);
+        }
+        return with_headers(response, &id);
     }
-    with_headers(response, &id)
+    // In a task of its own, its record included: what has begun is finished, also when whoever asked for it leaves.
+    let done = tokio::spawn(async move {
+        let response = tokio::spawn(passed).await.unwrap_or_else(|_| broken());
+        record(&api, caller, peer, &what, &id, begun, &response);
+        with_headers(response, &id)
+    });
+    done.await.unwrap_or_else(|_| broken())
+}
+
+fn broken() -> Response {
+    let detail = "this request failed; the log says more";
+    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", detail).into_response()
+}
+
+/// Puts a line into the audit log.
+fn record(
+    api: &Api,
+    caller: Result<Caller, Problem>,
+    peer: Option<Peer>,
+    what: &str,
+    id: &str,
+    begun: Instant,
+    response: &Response,
+) {
+    let nobody = Caller { name: ANONYMOUS.into(), role: Role::Read };
+    let known = caller.is_ok();
+    let caller = caller.unwrap_or(nobody);
+    api.audit.write(&Entry {
+        at_unix_ms: unix_ms(),
+        request_id: id,
+        who: &caller.name,
+        role: if known { caller.role.as_str() } else { ANONYMOUS },
+        from: &peer.map(|peer| peer.to_string()).unwrap_or_default(),
+        what: what.get(..what.floor_char_boundary(1024)).unwrap_or_default(),
+        status: response.status().as_u16(),
+        detail: response.extensions().get::<Told>().map_or("", |told| told.0.as_str()),
+        took_ms: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+    });
 }
 
 async fn pass(api: Arc<Api>, caller: Result<Caller, Problem>, request: Request, next: Next) -> Response {
@@ -118,7 +132,10 @@ async fn pass(api: Arc<Api>, caller: Result<Caller, Problem>, request: Request, 
     };
     let answered = async {
         match request.headers().get(IDEMPOTENCY_KEY).cloned() {
-            Some(key) if request.method() == Method::POST => once(&api, &caller, &key, request, next).await,
+            // Whoever may change nothing needs no memory of ours.
+            Some(key) if request.method() == Method::POST && caller.role >= Role::Operate => {
+                once(&api, &caller, &key, request, next).await
+            }
             _ => Ok(next.run(request).await),
         }
     };
@@ -200,7 +217,10 @@ async fn once(
         hash.update(part.len().to_le_bytes());
         hash.update(part);
     }
-    match api.memory.turn((Arc::clone(&caller.name), key.to_owned()), hash.finalize().into()) {
+    match api
+        .memory
+        .turn((Arc::clone(&caller.name), format!("{} {key}", caller.role.as_str())), hash.finalize().into())
+    {
         Turn::Busy => {
             Err(Problem::conflict("the request with this Idempotency-Key is being done").again_after(1))
         }
