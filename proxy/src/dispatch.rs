@@ -21,6 +21,7 @@ use crate::{
     house::House,
     link::Command,
     pages::Fault,
+    phases::client_ip,
     phases::{Ctx, resolve},
     seal,
     tenant::AppRuntime,
@@ -70,6 +71,8 @@ impl Kind {
 /// # Errors
 /// What is wrong with the request.
 pub async fn receive(house: &House, session: &mut Session, ctx: &mut Ctx) -> Result<bool, Fault> {
+    // For the log of what is not believed; then it is the visitor's.
+    ctx.client = client_ip(session);
     let request = session.req_header();
     let by_tls = session.digest().is_some_and(|digest| digest.ssl_digest.is_some());
     check(house, request, by_tls).inspect_err(|fault| complain(session, fault))?;
@@ -85,7 +88,7 @@ pub async fn receive(house: &House, session: &mut Session, ctx: &mut Ctx) -> Res
         // Should it be reachable from here, the first answer of it ends that.
         for node in said(&seal::UNREACHABLE).iter().flat_map(|nodes| nodes.split(',')) {
             if compute::find(&house.hosts.list(), node).is_some() && !house.hosts.is_own(node) {
-                house.hosts.remote(node).suspect("another host could not reach it");
+                house.hosts.remote(node).suspect_by_hearsay();
             }
         }
         if let Err(error) = answer_wake(house, session, &app).await {

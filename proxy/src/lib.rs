@@ -150,10 +150,14 @@ impl ProxyHttp for FastContainer {
     async fn request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> pingora::Result<bool> {
         let received = match self.entrance {
             Entrance::Front => resolve::resolve(&self.house, session, ctx).await.map(|()| false),
-            Entrance::Dispatch => dispatch::receive(&self.house, session, ctx).await,
+            // Boxed, as what follows in `resolve`: the way of a client's request has no room to carry for it.
+            Entrance::Dispatch => Box::pin(dispatch::receive(&self.house, session, ctx)).await,
         };
-        match received.and_then(|answered| admit::admit(&self.house, ctx).map(|()| answered)) {
-            Ok(answered) => Ok(answered),
+        if matches!(received, Ok(true)) {
+            return Ok(true);
+        }
+        match received.and_then(|_| admit::admit(&self.house, ctx)) {
+            Ok(()) => Ok(false),
             Err(fault) => Err(ctx.fail(fault)),
         }
     }

@@ -43,6 +43,8 @@ pub struct Remote {
     alive: AtomicBool,
     /// Until when it is passed over, ms on the house's clock; 0: it is not.
     suspect_until: AtomicU64,
+    /// Whether it is this proxy that could not reach it.
+    first_hand: AtomicBool,
 }
 
 impl Hosts {
@@ -99,11 +101,20 @@ impl Hosts {
         self.list.store(Arc::new(nodes));
     }
 
-    /// Those that could not be reached a moment ago.
+    /// Those that could not be reached a moment ago, from here or from another host.
     #[must_use]
     pub fn suspects(&self) -> Vec<String> {
-        let remotes = self.remotes();
-        remotes.values().filter(|remote| remote.is_suspect()).map(|remote| remote.name.clone()).collect()
+        self.names_of(Remote::is_suspect)
+    }
+
+    /// Those that this proxy itself could not reach: what is told to other hosts, for hearsay would never end.
+    #[must_use]
+    pub fn unreached(&self) -> Vec<String> {
+        self.names_of(|remote| remote.is_suspect() && remote.first_hand.load(Relaxed))
+    }
+
+    fn names_of(&self, which: impl Fn(&Remote) -> bool) -> Vec<String> {
+        self.remotes().values().filter(|remote| which(remote)).map(|remote| remote.name.clone()).collect()
     }
 
     fn remotes(&self) -> MutexGuard<'_, HashMap<String, Arc<Remote>>> {
@@ -119,6 +130,7 @@ impl Remote {
             way: ArcSwapOption::empty(),
             alive: AtomicBool::new(false),
             suspect_until: AtomicU64::new(0),
+            first_hand: AtomicBool::new(false),
         }
     }
 
@@ -144,7 +156,16 @@ impl Remote {
                 "another host cannot be reached; its instances are passed over for 2 s"
             );
         }
+        self.first_hand.store(true, Relaxed);
         self.suspect_until.store(millis(self.begun.elapsed() + SUSPICION), Relaxed);
+    }
+
+    /// Another host could not reach it. That makes no suspicion last longer.
+    pub fn suspect_by_hearsay(&self) {
+        if !self.is_suspect() {
+            self.first_hand.store(false, Relaxed);
+            self.suspect_until.store(millis(self.begun.elapsed() + SUSPICION), Relaxed);
+        }
     }
 
     /// It answered.
@@ -203,8 +224,10 @@ mod tests {
         assert!(!remote.is_fit(), "nobody has told of it");
         hosts.learn([node("a", true), node("b", true)].into());
         assert!(remote.is_fit() && hosts.is_own("a") && !hosts.is_own("b"));
+        remote.suspect_by_hearsay();
+        assert!(!remote.is_fit() && hosts.unreached().is_empty(), "what was only heard is not told on");
         remote.suspect("no route");
-        assert!(!remote.is_fit());
+        assert!(!remote.is_fit() && hosts.unreached() == ["b"]);
         remote.forgive();
         assert!(remote.is_fit());
         hosts.learn([node("a", true), node("b", false)].into());

@@ -21,6 +21,7 @@ use rustls::{
     server::{WebPkiClientVerifier, danger::ClientCertVerifier},
     sign::{CertifiedKey, SingleCertAndKey},
 };
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 /// The authority's certificate.
 pub const CA: &str = "ca.pem";
@@ -100,7 +101,10 @@ impl ClusterTls {
                 .verify_server_cert(leaf, rest, &name, &[], UnixTime::now())
                 .map_err(|error| useless(&error))?;
         }
-        // Parsed above, so that what Pingora would panic on does not get there.
+        // Pingora panics on what its own parser does not take; the check above need not have looked at all of them.
+        for one in authorities.iter().chain(&chain) {
+            X509Certificate::from_der(one).map_err(|error| useless(&error))?;
+        }
         let ca = authorities.iter().map(|one| WrappedX509::new(one.to_vec(), parse_x509)).collect();
         let own = CertKey::new(chain.iter().map(|one| one.to_vec()).collect(), key.secret_der().to_vec());
         let certified = CertifiedKey::from_der(chain, key, &provider).map_err(|error| useless(&error))?;

@@ -209,7 +209,7 @@ async fn ask_around(
             Answer::Refused(refusal) if refusal.code == RefusalCode::Elsewhere => {
                 // One that cannot be reached from here is dead, or will be thought so by all in a moment.
                 let hosts = &app.house().hosts;
-                let is_reached = |name: &String| hosts.is_own(name) || !hosts.remote(name).is_suspect();
+                let is_reached = |name: &String| hosts.is_own(name) || hosts.remote(name).is_fit();
                 *hint = refusal.elsewhere.filter(is_reached);
                 return Answer::Again;
             }
@@ -249,7 +249,8 @@ fn places(app: &AppRuntime, hint: Option<String>) -> Vec<Place> {
         places.sort_by_key(|place| matches!(place, Place::There(remote) if remote.is_suspect()));
     }
     let has_launcher = app.house().config.cluster.as_ref().is_none_or(|cluster| cluster.node.is_some());
-    if has_launcher && !places.iter().any(|place| matches!(place, Place::Here)) && nodes.is_empty() {
+    // When nobody takes it, the launcher says why.
+    if has_launcher && places.is_empty() {
         places.push(Place::Here);
     }
     places
@@ -352,9 +353,9 @@ fn request(app: &AppRuntime, remote: &Remote) -> pingora::Result<RequestHeader> 
     request.insert_header(seal::NODE, remote.name.as_str())?;
     request.insert_header(seal::KIND, Kind::Wake.as_str())?;
     request.insert_header(seal::APP, app.name.as_str())?;
-    let suspects = app.house().hosts.suspects();
-    if !suspects.is_empty() {
-        request.insert_header(seal::UNREACHABLE, suspects.join(","))?;
+    let unreached = app.house().hosts.unreached();
+    if !unreached.is_empty() {
+        request.insert_header(seal::UNREACHABLE, unreached.join(","))?;
     }
     remote::close(app.house(), &mut request)?;
     Ok(request)

@@ -11,6 +11,8 @@ use crate::{
 pub(super) const RECORD_MAX: usize = 1 << 20;
 /// Most bytes of a spec.
 pub(super) const SPEC_MAX: usize = 1 << 18;
+/// The largest number that a record may hold: there is room above it to count on, and Redis's scripts count exactly up to it.
+const LARGEST: u64 = 1 << 53;
 /// All keys whose changes matter to a mirror begin so; chatty ones (heartbeats) do not.
 pub(super) const TRACKED: &str = "fc:";
 /// Which CMDB this is: a random name that is lost with it.
@@ -64,7 +66,7 @@ impl Stored {
         };
         let text = |field: &[u8], which: &str| {
             let text = std::str::from_utf8(field).map_err(|_| format!("its {which} is no text"))?;
-            let number = text.is_empty() || text.parse::<u64>().is_ok();
+            let number = text.is_empty() || text.parse::<u64>().is_ok_and(|number| number <= LARGEST);
             if number { Ok(text.to_owned()) } else { Err(format!("its {which} is no number")) }
         };
         let (rev, srev) = (text(rev, "rev")?, text(srev, "srev")?);
@@ -76,6 +78,13 @@ impl Stored {
             return Err("its record: an instance is under another generation than its own".to_owned());
         }
         decoded.rev = rev.parse().unwrap_or(0);
+        let generations =
+            decoded.instances.keys().chain(decoded.fences.values()).chain([&decoded.generation]);
+        if generations.map(|generation| generation.0).max() > Some(LARGEST)
+            || decoded.backoff_until_ms > LARGEST
+        {
+            return Err("its record: a number in it is too large to be ours".to_owned());
+        }
         let app = match spec.as_slice() {
             b"" => None,
             spec => Some(serde_json::from_slice::<App>(spec).map_err(|e| format!("its spec: {e}"))?),
@@ -115,6 +124,16 @@ mod tests {
         for (bad, why) in [
             (fields(["x", "", "", ""]), "rev"),
             (fields(["1", "1", "{", ""]), "record"),
+            (fields(["18446744073709551615", "1", "", ""]), "rev"),
+            (
+                fields([
+                    "1",
+                    "1",
+                    r#"{"rev":1,"generation":18446744073709551615,"failures":0,"backoff_until_ms":0,"instances":{}}"#,
+                    "",
+                ]),
+                "too large",
+            ),
             (fields(["1", "1", "", "{\"name\":\"blog\"}"]), "spec"),
             (vec![b"it is a list, not a hash".to_vec()], "list"),
             (Vec::new(), "nothing"),

@@ -208,7 +208,8 @@ fn an_exclusive_volume_is_given_back_before_another_host_has_it() {
     a.wait_for("it to run on the other host", || a.ctl(&["wake", "blog"]).status.success());
     let stopped = b.events("blog").iter().rfind(|e| e["kind"] == "stopped").cloned().expect("an event");
     let woken = a.events("blog").iter().rfind(|e| e["kind"] == "wake").cloned().expect("an event");
-    assert!(stopped["at_unix_ms"].as_u64() <= woken["at_unix_ms"].as_u64(), "{stopped} {woken}");
+    let at = |event: &serde_json::Value| event["at_unix_ms"].as_u64().expect("a time");
+    assert!(at(&stopped) <= at(&woken), "{stopped} {woken}");
     cluster.end();
 }
 

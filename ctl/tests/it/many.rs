@@ -59,11 +59,13 @@ fn visited<R>(lan: &Lan, vhost: &Vhost, work: impl FnOnce() -> R) -> (R, Visits)
             while answered.load(SeqCst) < before + more && Instant::now() < end {
                 std::thread::sleep(Duration::from_millis(10));
             }
+            answered.load(SeqCst) >= before + more
         };
-        enough(50);
+        let before = enough(50);
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
-        enough(50);
+        let after = enough(50);
         over.store(true, SeqCst);
+        assert!(before && after, "the visitors are not answered any more: {:?}", failed.lock().unwrap());
         result
     });
     let visits = Visits {

@@ -14,6 +14,7 @@ pub async fn pick(session: &mut Session, ctx: &mut Ctx) -> pingora::Result<Box<H
     let Some(app) = ctx.app.clone() else { return Err(ctx.fail(Fault::Internal)) };
     // The place of a failed attempt goes back first: it may be the one that is needed.
     ctx.lease = None;
+    ctx.away = None;
     if ctx.unconnected > 0 {
         hold::pause(session, ctx, &app).await?;
     }

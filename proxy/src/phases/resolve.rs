@@ -33,7 +33,7 @@ pub async fn resolve(house: &House, session: &mut Session, ctx: &mut Ctx) -> Res
     ctx.https = session.digest().is_some_and(|digest| digest.ssl_digest.is_some());
     check(session, ctx)?;
     ctx.app = Some(match find(house, session.req_header()) {
-        Err(Fault::LauncherGone) => find_soon(house, session.req_header()).await?,
+        Err(Fault::LauncherGone) => Box::pin(find_soon(house, session.req_header())).await?,
         found => found?,
     });
     Ok(())
