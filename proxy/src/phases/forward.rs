@@ -133,7 +133,8 @@ pub fn unconnected(ctx: &mut Ctx, mut error: Box<Error>) -> Box<Error> {
     error
 }
 
-/// The exchange broke off after bytes were sent: only what is idempotent, and can be sent whole again, is tried again, once.
+/// The exchange broke off after bytes were sent: only what is idempotent, and can be sent whole again, is tried again: once,
+/// or by way of another host twice, of which the second time goes elsewhere.
 #[must_use]
 pub fn broken_off(session: &Session, ctx: &mut Ctx, mut error: Box<Error>) -> Box<Error> {
     let upstream = *error.esource() == ErrorSource::Upstream;
@@ -143,7 +144,8 @@ pub fn broken_off(session: &Session, ctx: &mut Ctx, mut error: Box<Error>) -> Bo
     {
         if ctx.misdirected {
             lease.upstream.is_missing();
-        } else if remote::is_unreachable(&error) {
+        } else if remote::is_unreachable(&error) || ctx.resent > 0 {
+            // A pooled connection may break for many reasons; where a new one breaks as well, the host is about to be gone.
             app.unreachable(&lease.upstream, error.to_string());
         }
     }
@@ -154,7 +156,7 @@ pub fn broken_off(session: &Session, ctx: &mut Ctx, mut error: Box<Error>) -> Bo
         return error;
     }
     let again = upstream
-        && ctx.resent == 0
+        && ctx.resent < if ctx.away.is_some() { 2 } else { 1 }
         && !ctx.answered
         && session.response_written().is_none()
         && session.req_header().method.is_idempotent()

@@ -31,7 +31,10 @@ pub async fn pick(session: &mut Session, ctx: &mut Ctx) -> pingora::Result<Box<H
     ctx.watch.enter(Part::Connect);
     ctx.generation = Some(lease.upstream.generation);
     ctx.away = lease.upstream.remote().cloned();
-    let peer = lease.upstream.peer(is_websocket(session));
+    // Where one connection to another host broke, those in the pool may be of the same dead host: a new one finds out without
+    // the request being sent on it.
+    let fresh = ctx.resent > 0 && ctx.away.is_some();
+    let peer = lease.upstream.peer(fresh || is_websocket(session));
     ctx.lease = Some(lease);
     // Its host was forgotten in this moment: as if it could not be connected to.
     peer.ok_or_else(|| {
